@@ -1,0 +1,15 @@
+"""The algorithms: one small file each. The table is the list."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shoestring.algorithms.grpo import GRPO
+from shoestring.algorithms.s_grpo import SGRPO
+from shoestring.algorithms.t_spmo import TSPMO
+
+ALGORITHMS: dict[str, type[Any]] = {
+    "grpo": GRPO,
+    "s-grpo": SGRPO,
+    "t-spmo": TSPMO,
+}

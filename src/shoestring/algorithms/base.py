@@ -1,0 +1,90 @@
+"""The algorithm seam, and the group statistics that several algorithms share."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from shoestring.errors import ConfigError
+from shoestring.types import Credit, Group
+
+
+class ObjectiveDefaults(NamedTuple):
+    """What an algorithm wants of `[objective]` where the user says nothing."""
+
+    beta: float = 0.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    updates: int = 1
+    l2: float = 0.0
+
+
+class Replay(NamedTuple):
+    """How an algorithm wants earlier completions to be continued; see `shoestring.replay`."""
+
+    source: Literal["success", "failure", "both"]
+    fraction: float
+    completions: int | None
+    cut: Literal["uniform", "half"]
+
+
+class Algorithm(Protocol):
+    """Turns a group's scores into credit for single tokens. A frozen settings object.
+
+    The loop knows nothing else of an algorithm: the credit's `weight` holds the average over the group, and `normalise` says
+    whether the step divides by its groups or by its selected tokens.
+    """
+
+    name: str
+    objective: ClassVar[ObjectiveDefaults]
+    least_completions: ClassVar[int]
+
+    @property
+    def normalise(self) -> Literal["groups", "tokens"]: ...
+
+    @property
+    def replay(self) -> Replay | None: ...
+
+    def credit(self, group: Group, generator: torch.Generator) -> Credit:
+        """The credit of one group; all randomness comes from `generator`."""
+        ...
+
+
+def rewards(group: Group) -> Tensor:
+    """The group's rewards, [G], in float64."""
+    return torch.tensor([score.value for score in group.scores], dtype=torch.float64)
+
+
+def relative_advantages(values_G: Tensor, kind: Literal["standardised", "centred"], eps: float) -> Tensor:
+    """Each reward minus the group's mean, over the sample deviation if standardised. [G]
+
+    Equal rewards give exactly 0, whatever rounding does to their mean.
+
+    >>> relative_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), "standardised", 1e-6).tolist()[0]  # doctest: +ELLIPSIS
+    0.86602...
+    """
+    if len(values_G) < 2:
+        raise ConfigError(
+            f"a group has {len(values_G)} completion",
+            "a group of one has no mean to differ from, so every advantage would be 0",
+            "set sampling.num_completions to 2 or more",
+        )
+    if bool((values_G == values_G[0]).all()):
+        return torch.zeros_like(values_G)
+    centred = values_G - values_G.mean()
+    return centred / (values_G.std() + eps) if kind == "standardised" else centred
+
+
+def every_token(group: Group) -> tuple[Tensor, Tensor]:
+    """Row and column of every completion token, row by row. [N], [N]"""
+    lengths = torch.tensor([len(completion.token_ids) for completion in group.completions])
+    row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    return row, torch.arange(len(row)) - starts
+
+
+def cut_off(group: Group) -> Tensor:
+    """Which completions were cut off at the length limit. [G], bool"""
+    return torch.tensor([completion.stop == "length" for completion in group.completions], dtype=torch.bool)

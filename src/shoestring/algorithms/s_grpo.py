@@ -1,0 +1,88 @@
+"""S-GRPO, stochastic GRPO (arXiv 2504.20834): only a few tokens of each completion enter the loss."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from shoestring.algorithms.base import ObjectiveDefaults, cut_off, every_token, relative_advantages, rewards
+from shoestring.errors import ConfigError
+from shoestring.settings import Settings
+from shoestring.types import Credit, Group
+
+
+class SGRPO(Settings):
+    """GRPO over the first `alpha` tokens of a completion, and behind them over random ones until `k` are selected.
+
+        token t is selected   if t < alpha
+                              with probability p   if t >= alpha and fewer than k are selected before it
+
+    The average is over the selected tokens of each completion, then over completions. Only the selected tokens meet the
+    vocabulary matrix, and nothing behind the last of them is run. The paper's alpha, k and p are not known; the defaults are
+    ours. With `alpha` at least as long as the completions this is GRPO.
+    """
+
+    name: Literal["s-grpo"] = "s-grpo"
+    alpha: int = Field(32, ge=0)
+    """Number of tokens that are always selected."""
+    k: int = Field(64, ge=1)
+    """Limit on the number of selected tokens, the first `alpha` included."""
+    p: float = Field(0.5, ge=0, le=1)
+    """Probability of each further token."""
+    advantage: Literal["standardised", "centred"] = "standardised"
+    eps: float = Field(1e-6, gt=0)
+    kl_scope: Literal["selected", "all"] = "selected"
+    """Which tokens the KL term averages over. "all" runs and reads every token, and gives the savings away."""
+    mask_truncated: bool = False
+
+    objective: ClassVar = ObjectiveDefaults()
+    least_completions: ClassVar[int] = 2
+    replay: ClassVar[None] = None
+    normalise: ClassVar[Literal["groups", "tokens"]] = "groups"
+
+    @model_validator(mode="after")
+    def _alpha_within_k(self) -> SGRPO:
+        if self.alpha > self.k:
+            raise ConfigError(
+                f"algorithm.alpha is {self.alpha} and algorithm.k is {self.k}",
+                "the first alpha tokens are always selected, so no completion could keep to k",
+                f"use alpha at most k, such as alpha = {self.k} or k = {self.alpha}",
+            )
+        return self
+
+    def credit(self, group: Group, generator: torch.Generator) -> Credit:
+        advantage_G = relative_advantages(rewards(group), self.advantage, self.eps)
+        row, col = every_token(group)
+        chosen = self.select(group, generator)
+        if self.mask_truncated:
+            kept = ~cut_off(group)[row]
+            row, col, chosen = row[kept], col[kept], chosen[kept]
+        num = len(group.completions)
+        share = 1 / (num * torch.bincount(row[chosen], minlength=num).clamp(min=1).double())
+        if self.kl_scope == "selected":
+            row, col = row[chosen], col[chosen]
+            return Credit(row, col, advantage_G[row].float(), share[row].float())
+        kl_share = 1 / (num * torch.bincount(row, minlength=num).clamp(min=1).double())
+        weight = torch.where(chosen, share[row], 0.0)
+        advantage = torch.where(chosen, advantage_G[row], 0.0)
+        return Credit(row, col, advantage.float(), weight.float(), kl_share[row].float())
+
+    def select(self, group: Group, generator: torch.Generator) -> Tensor:
+        """Which of the group's tokens, row by row, are selected. [sum of lengths], bool"""
+        lengths = [len(completion.token_ids) for completion in group.completions]
+        picked = [self.select_row(torch.rand(length, generator=generator, dtype=torch.float64)) for length in lengths]
+        return torch.cat(picked) if picked else torch.zeros(0, dtype=torch.bool)
+
+    def select_row(self, uniform_T: Tensor) -> Tensor:
+        """The rule above in one piece: one uniform number a position, also where the cap makes it idle. [T], bool
+
+        >>> u = torch.tensor([0.0, 0.0, 0.0, 0.7, 0.2, 0.9, 0.4, 0.1, 0.3, 0.6])
+        >>> SGRPO(alpha=3, k=5, p=0.5).select_row(u).nonzero().flatten().tolist()
+        [0, 1, 2, 4, 6]
+        """
+        position = torch.arange(len(uniform_T))
+        drawn = (uniform_T < self.p) & (position >= self.alpha)
+        return (position < self.alpha) | (drawn & (self.alpha + drawn.cumsum(0) <= self.k))

@@ -1,0 +1,120 @@
+"""Groups and their credit -> padded micro-batches. Every cut of a step gives the same gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shoestring.types import Batch, Credit, Group
+
+
+class Row(NamedTuple):
+    """One completion that trains: its ids up to the last input that is needed, and its selected places, [n] each."""
+
+    problem_id: str
+    token_ids: tuple[int, ...]
+    col: Tensor
+    target: Tensor
+    advantage: Tensor
+    weight: Tensor
+    kl_weight: Tensor
+    sampler_logprob: Tensor
+
+
+def has_signal(credit: Credit) -> bool:
+    return bool((credit.advantage != 0).any())
+
+
+def collate(
+    groups: Sequence[Group],
+    credits: Sequence[Credit],
+    *,
+    normalise: Literal["groups", "tokens"] = "groups",
+    beta: float = 0.0,
+    max_tokens: int = 16_384,
+) -> list[Batch]:
+    """Micro-batches of at most `max_tokens` padded tokens (a longer row stands alone), longest rows first.
+
+    Weights are divided once by the number of groups, those without signal included, or by the number of selected tokens.
+    Places with advantage 0 can act only through a KL term, so with `beta` 0 they, and rows without any other, are left out.
+    """
+    selected = sum(len(credit.row) for credit in credits)
+    divisor = max(len(groups) if normalise == "groups" else selected, 1)
+    rows = [
+        row for group, credit in zip(groups, credits, strict=True) for row in _rows(group, credit, divisor, beta != 0)
+    ]
+    rows.sort(key=lambda row: -len(row.token_ids))
+    return [_pad(cut) for cut in _cuts(rows, max_tokens)]
+
+
+def _rows(group: Group, credit: Credit, divisor: int, with_kl: bool) -> Iterator[Row]:
+    prompt = group.prompt.token_ids
+    kl_weight = credit.weight if credit.kl_weight is None else credit.kl_weight
+    acts = (credit.advantage * credit.weight != 0) | ((kl_weight != 0) if with_kl else torch.tensor(False))
+    for index, completion in enumerate(group.completions):
+        chosen = (acts & (credit.row == index)).nonzero().flatten()
+        if not len(chosen):
+            continue
+        col = credit.col[chosen]
+        ids = torch.tensor(completion.token_ids)
+        yield Row(
+            problem_id=group.prompt.problem.id,
+            # The last selected token is predicted from the one before it; what follows need not be run.
+            token_ids=prompt + completion.token_ids[: int(col.max())],
+            col=len(prompt) - 1 + col,
+            target=ids[col],
+            advantage=credit.advantage[chosen],
+            weight=credit.weight[chosen] / divisor,
+            kl_weight=kl_weight[chosen] / divisor,
+            sampler_logprob=torch.tensor(completion.logprobs)[col],
+        )
+
+
+def _cuts(rows: Iterable[Row], max_tokens: int) -> Iterator[list[Row]]:
+    """Runs of rows (already longest first) whose padded size keeps within the limit."""
+    cut: list[Row] = []
+    for row in rows:
+        if cut and len(cut[0].token_ids) * (len(cut) + 1) > max_tokens:
+            yield cut
+            cut = []
+        cut.append(row)
+    if cut:
+        yield cut
+
+
+def _pad(rows: list[Row]) -> Batch:
+    """Right-padded, with id 0: behind a causal row's end no token can see it, so neither mask nor pad token is needed."""
+    ids = torch.zeros(len(rows), len(rows[0].token_ids), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.token_ids)] = torch.tensor(row.token_ids)
+    counts = torch.tensor([len(row.col) for row in rows])
+    return Batch(
+        input_ids=ids,
+        row=torch.repeat_interleave(torch.arange(len(rows)), counts),
+        col=torch.cat([row.col for row in rows]),
+        target=torch.cat([row.target for row in rows]),
+        advantage=torch.cat([row.advantage for row in rows]),
+        weight=torch.cat([row.weight for row in rows]),
+        kl_weight=torch.cat([row.kl_weight for row in rows]),
+        sampler_logprob=torch.cat([row.sampler_logprob for row in rows]),
+        problem_ids=tuple(row.problem_id for row in rows),
+    )
+
+
+def single_rows(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same batches, a row each (to find the row that a fault comes from)."""
+    for batch in batches:
+        for index, problem_id in enumerate(batch.problem_ids):
+            here = batch.row == index
+            yield Batch(
+                batch.input_ids[index : index + 1],
+                torch.zeros_like(batch.row[here]),
+                *(
+                    getattr(batch, name)[here]
+                    for name in ("col", "target", "advantage", "weight", "kl_weight", "sampler_logprob")
+                ),
+                problem_ids=(problem_id,),
+            )

@@ -1,0 +1,232 @@
+"""A run's settings: frozen, strict, read from TOML and dotted overrides, printed back whole."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from shoestring.adapters import ADAPTERS
+from shoestring.algorithms import ALGORITHMS
+from shoestring.errors import ConfigError
+from shoestring.loss import Objective
+from shoestring.models import ModelSettings
+from shoestring.samplers import SAMPLERS, Sampling
+from shoestring.settings import Settings, build, pick
+from shoestring.tasks import TASKS
+
+
+class OptimSettings(Settings):
+    """AdamW (arXiv 1711.05101) over the trained weights."""
+
+    lr: float = Field(3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(5, ge=0)
+    """Steps over which the rate rises linearly to `lr`."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the rate does after that; the last two end at 0 with the run."""
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class RewardSettings(Settings):
+    """Which functions score a completion: dotted paths in TRL's form, and "task" for the task's own score."""
+
+    functions: tuple[str, ...] = ("task",)
+    weights: tuple[float, ...] | None = None
+
+    @model_validator(mode="after")
+    def _a_weight_each(self) -> RewardSettings:
+        if not self.functions:
+            raise ConfigError("rewards.functions is empty", "nothing would be scored", 'write ["task"] or your own')
+        if self.weights is not None and len(self.weights) != len(self.functions):
+            raise ConfigError(
+                f"rewards.weights has {len(self.weights)} values and rewards.functions {len(self.functions)}",
+                "each function needs one weight",
+                "make them equally long, or leave the weights out",
+            )
+        return self
+
+
+class EvaluationSettings(Settings):
+    """The evaluations during a run (`eval_every`)."""
+
+    split: str = "validation"
+    num: int = Field(100, ge=1)
+    """Problems, the first ones of the split."""
+    keep: Literal["last", "best"] = "last"
+    """Which adapter the run ends with: the last, or the one with the best accuracy in these evaluations."""
+
+
+class ExecutionSettings(Settings):
+    """How a step is carried out. Nothing here changes its result beyond rounding."""
+
+    device: str = "auto"
+    micro_batch_tokens: int = Field(16_384, ge=1)
+    """Padded tokens that the training forward takes at once."""
+    checkpointing: bool = False
+    """Recompute the layers that carry gradient in the backward pass: less memory, more time."""
+
+
+def _model(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class RunConfig(Settings):
+    """Everything a run depends on. With no argument: the embedded default."""
+
+    model: Annotated[ModelSettings, BeforeValidator(_model)] = ModelSettings()
+    task: Annotated[Any, BeforeValidator(partial(pick, TASKS, "task"))] = {"name": "multiplication"}
+    algorithm: Annotated[Any, BeforeValidator(partial(pick, ALGORITHMS, "algorithm"))] = {"name": "s-grpo"}
+    objective: Objective = Field(default=None)  # type: ignore[assignment]  # settled below from the algorithm's defaults
+    adapter: Annotated[Any, BeforeValidator(partial(pick, ADAPTERS, "adapter"))] = {"name": "lora"}
+    sampler: Annotated[Any, BeforeValidator(partial(pick, SAMPLERS, "sampler"))] = {"name": "hf"}
+    sampling: Sampling = Sampling()
+    optim: OptimSettings = OptimSettings()
+    rewards: RewardSettings = RewardSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    execution: ExecutionSettings = ExecutionSettings()
+    steps: int = Field(150, ge=1)
+    seed: int = Field(0, ge=0)
+    eval_every: int = Field(0, ge=0)
+    """Evaluate every so many steps; 0 never."""
+    save_every: int = Field(50, ge=0)
+    """Save a checkpoint every so many steps; 0 only at the end."""
+    allow_truncated_prompts: bool = False
+    """Cut prompts that do not fit the model's context from the left, and count them, instead of refusing them."""
+    out: str | None = None
+    """The run's folder; None takes runs/<task>-<algorithm>-<next free number>."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_objective(cls, data: Any) -> Any:
+        """Puts the algorithm's own defaults where `[objective]` says nothing."""
+        if not isinstance(data, dict):
+            return data
+        algorithm = pick(ALGORITHMS, "algorithm", data.get("algorithm", cls.model_fields["algorithm"].default))
+        given = data.get("objective") or {}
+        given = given.model_dump() if isinstance(given, Objective) else given
+        return {**data, "objective": {**algorithm.objective._asdict(), **given}}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        if self.sampling.num_completions < self.algorithm.least_completions:
+            raise ConfigError(
+                f"sampling.num_completions is {self.sampling.num_completions}",
+                "a group of one has no mean to differ from, so every advantage would be 0",
+                "use 2 or more",
+            )
+        if self.sampling.temperature == 0:
+            raise ConfigError(
+                "sampling.temperature is 0",
+                "greedy completions of a prompt are all the same, so every advantage would be 0",
+                "use 1.0",
+            )
+        return self
+
+
+def settle(values: Mapping[str, Any]) -> RunConfig:
+    """The config of a nested mapping; raises `ConfigError`."""
+    return build(RunConfig, dict(values), "")
+
+
+def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a TOML recipe (None: the embedded default) with overrides such as "optim.lr=1e-4" on top."""
+    return settle(read(recipe, overrides))
+
+
+def read(recipe: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The nested mapping that a recipe and overrides spell out."""
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        path = Path(recipe)
+        if not path.is_file():
+            raise ConfigError(f'the recipe is "{recipe}"', "there is no such file", "give the path of a TOML recipe")
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f'the recipe is "{recipe}"', f"it is not TOML ({error})", "mend that line") from None
+    for override in overrides:
+        _override(values, override)
+    return values
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    """Sets `a.b.c=value` in a nested mapping. The value is read as TOML; what is not TOML is a string.
+
+    A new `name` of a table starts that table afresh, since the settings of one algorithm are not those of another.
+    """
+    key, equals, raw = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f'the override is "{text}"', "it has no key and value", "write key=value, such as optim.lr=1e-4")
+    *parents, last = key.strip().split(".")
+    table = values
+    for part in parents:
+        inner = table.setdefault(part, {})
+        if isinstance(inner, str):  # model = "x", then model.dtype=...
+            inner = table[part] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise ConfigError(f'the override is "{text}"', f"{part} is not a table", "write a key of a table")
+        table = inner
+    value = _value(raw.strip())
+    if last == "name" and len(parents) == 1 and parents[0] in ("algorithm", "adapter") and table.get("name") != value:
+        table.clear()
+    table[last] = value
+
+
+def _value(raw: str) -> Any:
+    try:
+        return tomllib.loads(f"x = {raw}")["x"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def dump(config: Settings) -> str:
+    """The config as TOML; `load` reads it back to the same config. Keys that are None are left out."""
+    return _table(config.model_dump(mode="json", exclude_none=True), "")
+
+
+def _table(values: dict[str, Any], path: str) -> str:
+    plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    tables = {key: value for key, value in values.items() if isinstance(value, dict) and value}
+    text = "".join(f"{_key(key)} = {_literal(value)}\n" for key, value in plain.items())
+    for key, value in tables.items():
+        name = f"{path}{_key(key)}"
+        text += f"\n[{name}]\n{_table(value, name + '.')}"
+    return text
+
+
+def _key(key: str) -> str:
+    return key if key.replace("_", "a").replace("-", "a").isalnum() and key.isascii() else json.dumps(key)
+
+
+def _literal(value: Any) -> str:
+    """A TOML value. JSON's strings and numbers are TOML's too."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(_literal(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_key(key)} = {_literal(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
+
+
+def differences(left: RunConfig, right: RunConfig) -> list[str]:
+    """Dotted names of the settings in which two configs differ."""
+    a, b = _flat(left.model_dump(mode="json")), _flat(right.model_dump(mode="json"))
+    return sorted(key for key in {*a, *b} if a.get(key) != b.get(key))
+
+
+def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value})
+    return flat
+
+

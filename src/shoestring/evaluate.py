@@ -1,0 +1,216 @@
+"""Accuracy, pass@k and maj@k on a split, with 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shoestring.errors import ConfigError
+from shoestring.policy import Policy
+from shoestring.rollout import Rollout, encode, roll_out
+from shoestring.samplers.base import Engine, Sampling
+from shoestring.tasks.base import Task, stable_hash
+from shoestring.types import Problem
+
+_Z95 = 1.959963984540054
+_RESAMPLES = 2_000
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an evaluation does. `ks` are the k of pass@k and maj@k; `samples` completions of each problem (None: max k)."""
+
+    split: str = "test"
+    num: int | None = None
+    ks: tuple[int, ...] = (1,)
+    samples: int | None = None
+    temperature: float | None = None
+    max_new_tokens: int = 256
+    top_p: float = 1.0
+    seed: int = 0
+    batch_rows: int = 256
+    """Completions sampled at once."""
+
+    @property
+    def num_samples(self) -> int:
+        return self.samples or max(self.ks)
+
+    @property
+    def settled_temperature(self) -> float:
+        """Greedy for one completion a problem, else 1."""
+        return self.temperature if self.temperature is not None else (0.0 if self.num_samples == 1 else 1.0)
+
+    def check(self) -> None:
+        if not self.ks or min(self.ks) < 1:
+            raise ConfigError(f"k is {list(self.ks)}", "pass@k needs at least one completion", "use 1 or more, as in 1,4,16")
+        if self.num_samples < max(self.ks):
+            raise ConfigError(
+                f"samples is {self.samples} and the largest k {max(self.ks)}",
+                "pass@k needs k completions",
+                f"use at least {max(self.ks)} samples",
+            )
+        if self.num_samples > 1 and self.settled_temperature == 0:
+            raise ConfigError(
+                f"temperature is 0 with {self.num_samples} completions of a problem",
+                "greedy completions are all the same",
+                "use a temperature above 0, or k = 1",
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures, and `outcomes`: how many of each problem's completions solved it, by problem id."""
+
+    task: str
+    split: str
+    problems: int
+    accuracy: float
+    low: float
+    high: float
+    pass_at_k: dict[int, tuple[float, Interval]]
+    maj_at_k: dict[int, tuple[float, Interval]]
+    samples: int
+    temperature: float
+    truncated: float
+    """Share of completions that were cut off."""
+    tokens: int
+    outcomes: dict[str, int]
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures for `--json`: k as text, values and intervals apart."""
+        return {
+            "task": self.task,
+            "split": self.split,
+            "problems": self.problems,
+            "accuracy": self.accuracy,
+            "low": self.low,
+            "high": self.high,
+            "pass_at_k": {str(k): value for k, (value, _) in self.pass_at_k.items()},
+            "maj_at_k": {str(k): value for k, (value, _) in self.maj_at_k.items()},
+            "pass_at_k_interval": {str(k): list(interval) for k, (_, interval) in self.pass_at_k.items()},
+            "maj_at_k_interval": {str(k): list(interval) for k, (_, interval) in self.maj_at_k.items()},
+            "samples": self.samples,
+            "temperature": self.temperature,
+            "truncated": self.truncated,
+            "tokens": self.tokens,
+        }
+
+
+def evaluate(
+    policy: Policy,
+    engine: Engine,
+    task: Task,
+    settings: Settings,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Samples every problem of the split (or its first `num`) and scores the texts with the task itself."""
+    settings.check()
+    split = task.problems(settings.split)
+    problems = [split[i] for i in range(min(settings.num or len(split), len(split)))]
+    prompts, _ = encode(policy, task, problems, settings.max_new_tokens)
+    sampling = Sampling(
+        max_new_tokens=settings.max_new_tokens, temperature=settings.settled_temperature, top_p=settings.top_p
+    )
+    rollouts: list[Rollout] = []
+    size = max(settings.batch_rows // settings.num_samples, 1)
+    for start in range(0, len(prompts), size):
+        chunk = prompts[start : start + size]
+        seed = stable_hash("evaluate", settings.seed, start)
+        rollouts += roll_out(policy, engine, chunk, num=settings.num_samples, sampling=sampling, seed=seed)
+        progress(len(rollouts), len(prompts))
+    return summarise(task, problems, rollouts, settings)
+
+
+def summarise(task: Task, problems: Sequence[Problem], rollouts: Sequence[Rollout], settings: Settings) -> Evaluation:
+    solved = [[is_solved(task, p, text) for text in r.texts] for p, r in zip(problems, rollouts, strict=True)]
+    counts = [sum(row) for row in solved]
+    samples = settings.num_samples
+    accuracy = sum(counts) / (len(counts) * samples)
+    low, high = (
+        wilson(sum(counts), len(counts)) if samples == 1 else bootstrap([count / samples for count in counts])
+    )
+    votes = [[task.vote(text) for text in rollout.texts] for rollout in rollouts]
+    passes = {k: [pass_at_k(samples, count, k) for count in counts] for k in settings.ks}
+    majorities = {k: [majority(v, s, k) for v, s in zip(votes, solved, strict=True)] for k in settings.ks}
+    completions = [completion for rollout in rollouts for completion in rollout.completions]
+    return Evaluation(
+        task=task.name,
+        split=settings.split,
+        problems=len(problems),
+        accuracy=accuracy,
+        low=low,
+        high=high,
+        pass_at_k={k: (sum(v) / len(v), bootstrap(v)) for k, v in passes.items()},
+        maj_at_k={k: (sum(v) / len(v), bootstrap(v)) for k, v in majorities.items()},
+        samples=samples,
+        temperature=settings.settled_temperature,
+        truncated=sum(c.stop == "length" for c in completions) / len(completions),
+        tokens=sum(len(c.token_ids) for c in completions),
+        outcomes={p.id: count for p, count in zip(problems, counts, strict=True)},
+    )
+
+
+def is_solved(task: Task, problem: Problem, text: str) -> bool:
+    """Whether the text earns the task's full score (a score of parts is solved where its part "solved" says so)."""
+    score = task.score(problem, text)
+    return score.parts.get("solved", score.value) >= 1.0
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that k of n completions, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374).
+
+    >>> round(pass_at_k(4, 1, 2), 6)
+    0.5
+    """
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority(votes: Sequence[str | None], solved: Sequence[bool], k: int) -> float:
+    """Whether the most frequent answer of the first k completions is right (arXiv 2203.11171); of equals the earliest.
+
+    >>> majority(["7", "8", "8"], [True, False, False], 3)
+    0.0
+    """
+    counted = Counter(vote for vote in votes[:k] if vote is not None)
+    if not counted:
+        return 0.0
+    winner, _ = counted.most_common(1)[0]
+    return float(solved[list(votes).index(winner)])
+
+
+def wilson(successes: int, trials: int) -> Interval:
+    """The Wilson score interval of a share, 95 %.
+
+    >>> [round(x, 4) for x in wilson(50, 100)]
+    [0.4038, 0.5962]
+    """
+    share, z2 = successes / trials, _Z95**2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = _Z95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
+    """The 95 % percentile interval of the mean, from 2,000 resamples of the problems with a fixed seed."""
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.tensor(values, dtype=torch.float64)
+    picks = torch.randint(len(data), (_RESAMPLES, len(data)), generator=generator)
+    low, high = data[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def paired(before: dict[str, int], after: dict[str, int]) -> tuple[float, Interval]:
+    """The mean gain over the problems that two evaluations share, and its bootstrap interval over problems.
+
+    >>> paired({"a": 0, "b": 1}, {"a": 1, "b": 1})[0]
+    0.5
+    """
+    gains = [float(after[key] - before[key]) for key in before if key in after]
+    return sum(gains) / len(gains), bootstrap(gains)

@@ -1,0 +1,152 @@
+"""Finds and loads base models: the embedded default, hub ids, local folders, GGUF files, and runs of our own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from shoestring.errors import ConfigError
+from shoestring.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TINY = "tiny"
+# Names that stand for a folder made by `make smollm2` where there is one, and for a hub id elsewhere.
+LOCAL_OR_HUB = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+class ModelSettings(Settings):
+    """`model`: a string is short for a table with that `name`."""
+
+    name: str = TINY
+    """"tiny" (the embedded default), "smollm2-135m", a hub id, a folder, a .gguf file, or the folder of a run."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Type of the base weights; "auto" is bf16 on a GPU and fp32 on the CPU."""
+    revision: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+class Source(NamedTuple):
+    """Where a model lies: what transformers is to load, and the adapter folder to put on top, if any."""
+
+    path: str
+    gguf_file: str | None = None
+    adapter: Path | None = None
+
+
+def models_folder() -> Path:
+    """Where prepared models lie: SHOESTRING_MODELS, else the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SHOESTRING_MODELS") or Path(cache) / "shoestring" / "models")
+
+
+def locate(name: str) -> Source:
+    """Where the model of that name lies; raises `ConfigError` for a path that is not a model. Loads nothing."""
+    if name == TINY:
+        return Source(str(Path(__file__).parent / "tiny" / "model"))
+    if name in LOCAL_OR_HUB:
+        folder = models_folder() / name
+        return Source(str(folder) if (folder / "config.json").is_file() else LOCAL_OR_HUB[name])
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigError(f'model is "{name}"', "there is no such file", "give the path of a GGUF file")
+        return Source(str(path.parent), path.name)
+    if path.is_dir():
+        return _locate_folder(path, name)
+    if path.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or not name:
+        why = "this file is not a GGUF file" if path.is_file() else "there is no such folder"
+        raise ConfigError(f'model is "{name}"', why, "give a hub id, a model folder, a .gguf file or a run folder")
+    return Source(name)
+
+
+def _locate_folder(path: Path, name: str) -> Source:
+    if (path / "config.json").is_file():
+        return Source(str(path))
+    if (path / "model" / "config.json").is_file():  # a run of sft
+        return Source(str(path / "model"))
+    for adapter in (path, path / "adapter"):
+        if (adapter / "adapter_config.json").is_file():
+            return locate(_base_name(path, adapter))._replace(adapter=adapter)
+    raise ConfigError(
+        f'model is "{name}"',
+        "the folder holds no config.json, no model/ and no adapter/",
+        "give the folder of a model, of an adapter or of a finished run",
+    )
+
+
+def _base_name(run: Path, adapter: Path) -> str:
+    """The base model of an adapter: what the run's own config says, else what PEFT wrote down."""
+    if (run / "config.toml").is_file():
+        model = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get("model", TINY)
+        return model if isinstance(model, str) else model.get("name", TINY)
+    return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Source]:
+    """The base model in evaluation mode on `device`, its tokenizer, and where they came from."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    source = locate(settings.name)
+    options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    if source.gguf_file:
+        if importlib.util.find_spec("gguf") is None:
+            raise ConfigError(
+                f'model is "{settings.name}"', "reading GGUF needs the package gguf", "run: pip install gguf"
+            )
+        options["gguf_file"] = source.gguf_file
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            dtype=torch_dtype(settings.dtype, device),
+            attn_implementation=settings.attn_implementation,
+            use_safetensors=None if source.gguf_file else True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f'model is "{settings.name}"', f"it could not be loaded ({first})", "give a model that transformers can load"
+        ) from error
+    if source.gguf_file:
+        model = _plain_copy(model)
+    return model.to(device).eval(), tokenizer, source
+
+
+def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A model from GGUF is dequantised but still counts as quantised, and refuses to be cast and saved; its copy does not."""
+    from transformers import AutoModelForCausalLM
+
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def torch_dtype(name: str, device: torch.device) -> torch.dtype:
+    import torch
+
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

@@ -1,0 +1,158 @@
+"""The optimizer, its schedule, and one update: micro-batches in, one applied step out, or none if a number is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shoestring.batch import single_rows
+from shoestring.loss import Objective, l2_loss, objective_loss
+from shoestring.policy import Policy, to_device
+from shoestring.types import Batch
+
+if TYPE_CHECKING:
+    from shoestring.config import OptimSettings
+
+# Gradients of activations in fp16 underflow below 6e-8; the loss is scaled up by this, and the gradient down again.
+_FP16_SCALE = 2.0**10
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        list(parameters), lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+
+
+def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
+    """The rate of a step, counted from 0: a pure function of it, so that a resumed run needs no memory of a schedule."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(steps - settings.warmup_steps, 1)
+    match settings.schedule:
+        case "constant":
+            return settings.lr
+        case "linear":
+            return settings.lr * (1 - done)
+        case "cosine":
+            return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class UpdateReport(NamedTuple):
+    """What an update did. `culprits` are the problems whose rows were not finite; then nothing was applied."""
+
+    loss: float
+    grad_norm: float
+    kl: float
+    clip_fraction: float
+    sampler_gap: float
+    applied: bool
+    culprits: tuple[str, ...] = ()
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    objective: Objective,
+    *,
+    temperature: float,
+    max_grad_norm: float,
+    checkpointing: bool,
+) -> UpdateReport:
+    """`objective.updates` optimizer steps over the same micro-batches.
+
+    The ratio is taken to the policy at the first of them, whose log-probs are its own detached, so no extra pass is needed.
+    A step whose gradient is not finite is never applied, and neither are those after it.
+    """
+    parameters = list(policy.trained().values())
+    old: list[Tensor | None] = [None] * len(batches)
+    tokens = max(sum(len(batch.row) for batch in batches), 1)
+    report = UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False)
+    for number in range(objective.updates):
+        sums = [
+            _backward(policy, batches, i, old, objective, temperature, checkpointing) for i in range(len(batches))
+        ]
+        loss, kl, clipped, gap = (sum(column) for column in zip(*sums, strict=True))
+        unscale(parameters, _scale(policy))
+        if objective.l2:
+            penalty = l2_loss(parameters, objective.l2)
+            penalty.backward()
+            loss += penalty.item()
+        norm = float(clip_gradient(parameters, max_grad_norm))
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            optimizer.zero_grad(set_to_none=True)
+            culprits = _culprits(policy, batches, objective, temperature)
+            return report._replace(loss=loss, grad_norm=norm, applied=number > 0, culprits=culprits)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        report = UpdateReport(loss, norm, kl, clipped / tokens, report.sampler_gap, applied=True)
+        if number == 0:
+            report = report._replace(sampler_gap=gap / tokens)
+    return report
+
+
+def _backward(
+    policy: Policy,
+    batches: Sequence[Batch],
+    index: int,
+    old: list[Tensor | None],
+    objective: Objective,
+    temperature: float,
+    checkpointing: bool,
+) -> tuple[float, float, float, float]:
+    """One micro-batch forward and backward; fills `old[index]` the first time. Loss, KL, clipped tokens, sampler gap."""
+    batch = to_device(batches[index], policy.device)
+    reference = None
+    if objective.beta:
+        with policy.reference():
+            reference = policy.logprobs(batch, temperature)
+    with policy.checkpointing(checkpointing):
+        logprob = policy.logprobs(batch, temperature)
+        before = old[index] if old[index] is not None else logprob.detach()
+        old[index] = before
+        found = objective_loss(logprob, before, reference, batch, objective)
+        (found.loss * _scale(policy)).backward()
+    gap = (logprob.detach() - batch.sampler_logprob).abs().sum()
+    return found.loss.item(), found.kl.item(), found.clipped.item(), gap.item()
+
+
+def _scale(policy: Policy) -> float:
+    return _FP16_SCALE if policy.base.dtype == torch.float16 else 1.0
+
+
+def unscale(parameters: Iterable[nn.Parameter], scale: float) -> None:
+    """Undoes the scale that the loss was multiplied with."""
+    for parameter in parameters:
+        if scale != 1.0 and parameter.grad is not None:
+            parameter.grad.div_(scale)
+
+
+def clip_gradient(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales the gradient to at most `max_norm`; returns its norm before. A norm that is not finite scales nothing."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if bool(torch.isfinite(norm)):
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _culprits(policy: Policy, batches: Sequence[Batch], objective: Objective, temperature: float) -> tuple[str, ...]:
+    """The problems whose row alone has a loss or gradient that is not finite: run again row by row, to be named."""
+    found = []
+    parameters = list(policy.trained().values())
+    for batch in single_rows(batches):
+        loss, *_ = _backward(policy, [batch], 0, [None], objective, temperature, checkpointing=False)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if not (math.isfinite(loss) and all(bool(torch.isfinite(grad).all()) for grad in grads)):
+            found.append(batch.problem_ids[0])
+        for parameter in parameters:
+            parameter.grad = None
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,208 @@
+"""The policy: one copy of the base model's weights with an adapter in it, which samples, trains and is its own reference."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from shoestring import models
+from shoestring.adapters.base import decoder_layers
+from shoestring.errors import ConfigError
+from shoestring.heads import POST_HEAD, gathered_logprobs, selected_logprobs
+from shoestring.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from shoestring.adapters.base import Adapter
+    from shoestring.tasks.base import Messages
+
+log = logging.getLogger("shoestring")
+
+
+class Policy:
+    """A causal model, its tokenizer, and what training and sampling ask of them.
+
+    Modules stay in evaluation mode for good, so that dropout in a base model cannot part sampler and trainer.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapted: nn.Module | None = None, name: str = ""
+    ):
+        self.base = base
+        self.tokenizer = tokenizer
+        self.adapted = adapted
+        self.name = name
+        self.eos_ids = _eos_ids(base, tokenizer)
+        self.context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        post = POST_HEAD.get(base.config.model_type)
+        self._post = post(base.config) if post and hasattr(base, "lm_head") else None
+        if self._post is None:
+            log.warning(
+                'Models of type "%s" are read through their own logits: every token of a row meets the vocabulary '
+                "matrix, which costs memory.",
+                base.config.model_type,
+            )
+        parameters = inspect.signature(base.forward).parameters
+        self.takes_positions = "position_ids" in parameters
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.base.config.get_text_config().vocab_size
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name, in the model's order."""
+        module = self.base if self.adapted is None else self.adapted
+        return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+    def encode(self, messages: Messages, form: str = "chat", options: dict[str, Any] | None = None) -> tuple[int, ...]:
+        """Token ids of a prompt that ends where the answer starts."""
+        if form == "plain":
+            text = "\n\n".join(message["content"] for message in messages)
+            return tuple(self.tokenizer(text)["input_ids"])  # type: ignore[arg-type]
+        if not self.tokenizer.chat_template:
+            raise ConfigError(
+                f'the tokenizer of model "{self.name}" has no chat template',
+                "the task asks in chat messages",
+                'use an instruction-tuned model, or write task.format = "plain"',
+            )
+        ids = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **(options or {})
+        )
+        return tuple(ids)  # type: ignore[arg-type]
+
+    def decode(self, token_ids: tuple[int, ...]) -> str:
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)  # type: ignore[return-value]
+
+    def logprobs(self, batch: Batch, temperature: float = 1.0) -> Tensor:
+        """Log-probs of the batch's targets at their places, [N] in fp32. Only those places meet the vocabulary matrix."""
+        if self._post is None:
+            logits = self.base(input_ids=batch.input_ids, use_cache=False).logits
+            return gathered_logprobs(logits[batch.row, batch.col], batch.target, temperature)
+        hidden = self.base.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        return selected_logprobs(
+            self._logits_of, hidden[batch.row, batch.col], batch.target, temperature, self.vocab_size
+        )
+
+    def prefill(self, input_ids: Tensor, last: Tensor, cache: Any) -> Tensor:
+        """Runs right-padded prompts, [P, L], into `cache`; the logits, [P, V], at each row's `last` place."""
+        row = torch.arange(len(last), device=last.device)
+        if self._post is None:
+            return self.base(input_ids=input_ids, past_key_values=cache, use_cache=True).logits[row, last]
+        output = self.base.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        return self._logits_of(output.last_hidden_state[row, last])
+
+    def decode_step(self, input_ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
+        """Logits, [B, V], behind one more token a row, [B, 1]; `mask`, [B, S], says which cache slots are real."""
+        extra = {"position_ids": positions} if self.takes_positions else {}
+        output = self.base(
+            input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra
+        )
+        return output.logits[:, -1]
+
+    def _logits_of(self, hidden: Tensor) -> Tensor:
+        assert self._post is not None
+        return self._post(self.base.lm_head(hidden))
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The base model without its adapter, without gradient."""
+        if self.adapted is None:
+            raise ConfigError("there is no adapter", "the reference is the model without it", "set objective.beta = 0")
+        with torch.no_grad(), self.adapted.disable_adapter():  # type: ignore[operator]
+            yield
+
+    @contextmanager
+    def checkpointing(self, on: bool) -> Iterator[None]:
+        """Recomputes, in the backward pass, the layers that carry gradient; those below store nothing as it is.
+
+        A layer asks its own `training` flag for this. Its children stay in evaluation mode, so no dropout wakes up.
+        """
+        layers = self._gradient_layers() if on else []
+        for layer in layers:
+            layer.gradient_checkpointing = True
+            layer.training = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.gradient_checkpointing = False
+                layer.training = False
+
+    def _gradient_layers(self) -> list[Any]:
+        """The decoder layers from the first with a trained parameter upwards."""
+        _, layers = decoder_layers(self.base)
+        if any(p.requires_grad for p in self.base.get_input_embeddings().parameters()):
+            return list(layers)
+        for index, layer in enumerate(layers):
+            if any(p.requires_grad for p in layer.parameters()):
+                return list(layers[index:])
+        return []
+
+    def save_adapter(self, folder: str) -> None:
+        """Writes the adapter as PEFT does, so that `PeftModel.from_pretrained` reads it."""
+        assert self.adapted is not None
+        self.adapted.save_pretrained(folder)  # type: ignore[operator]
+
+
+def load_policy(
+    settings: models.ModelSettings, *, adapter: Adapter | None = None, train_all: bool = False, device: str = "auto"
+) -> Policy:
+    """The policy that `settings` names: with a new `adapter`, or with the run's own one, or without any.
+
+    A run's adapter comes frozen (it is there to be evaluated). To train on top of a run, merge it first.
+    """
+    base, tokenizer, source = models.load(settings, models.pick_device(device))
+    base.requires_grad_(train_all)
+    adapted: nn.Module | None = None
+    if source.adapter is not None:
+        if adapter is not None:
+            raise ConfigError(
+                f'model is "{settings.name}"',
+                "it is a run with an adapter of its own, and a new adapter would be put beside it",
+                f"merge it first: shoestring merge {settings.name} OUT",
+            )
+        from peft import PeftModel
+
+        adapted = PeftModel.from_pretrained(base, str(source.adapter))
+        adapted.requires_grad_(False)
+    elif adapter is not None:
+        adapted = adapter.attach(base)
+    (adapted or base).eval()
+    return Policy(base, tokenizer, adapted, settings.name)
+
+
+def _eos_ids(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a completion: the generation config's, and the tokenizer's own."""
+    found = base.generation_config.eos_token_id if base.generation_config else None
+    listed = found if isinstance(found, list) else [found]
+    ids = sorted({int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None})
+    if not ids:
+        raise ConfigError(
+            f"model {base.config.name_or_path} names no end-of-sequence token",
+            "its completions would never end",
+            "set eos_token_id in its generation_config.json",
+        )
+    return tuple(ids)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cpu":
+        return batch
+    moved = {
+        name: value.to(device, non_blocking=True) for name, value in vars(batch).items() if isinstance(value, Tensor)
+    }
+    return Batch(**moved, problem_ids=batch.problem_ids)

@@ -1,0 +1,144 @@
+"""What a run leaves behind and says: metrics.jsonl, samples.jsonl, evals.jsonl, and a line or a bar on the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from shoestring.rollout import Rollout
+from shoestring.types import Credit, Score, StepReport
+
+LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
+
+
+class Reporter:
+    """Writes the run's logs and shows its progress; one line at a time, so that a killed run loses at most a line."""
+
+    def __init__(self, folder: Path, steps: int, *, quiet: bool = False):
+        self.folder, self.steps = folder, steps
+        self.console = Console(quiet=quiet, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    @contextmanager
+    def running(self, done: int) -> Iterator[None]:
+        """Shows a progress bar on a terminal, and nothing but lines elsewhere."""
+        if not self.console.is_terminal or self.console.quiet:
+            yield
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console) as bar:
+            self._bar, self._task = bar, bar.add_task("training", total=self.steps, completed=done)
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
+
+    def step(self, report: StepReport) -> None:
+        self._append("metrics.jsonl", dataclasses.asdict(report))
+        line = one_line(report, self.steps)
+        if self._bar:
+            self._bar.update(self._task, completed=report.step + 1, description=line)
+        elif report.step % max(self.steps // 20, 1) == 0 or report.step == self.steps - 1:
+            self.say(line)
+
+    def evaluation(self, values: Mapping[str, Any]) -> None:
+        self._append("evals.jsonl", values)
+        self.say(
+            f"after step {values['step']}: {values['split']} accuracy {values['accuracy']:.1%} "
+            f"({values['low']:.1%} to {values['high']:.1%}) on {values['problems']} problems"
+        )
+
+    def samples(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        scores: Sequence[Sequence[Score]],
+        credits: Sequence[Credit],
+        extra: Mapping[str, Sequence[Any]],
+    ) -> None:
+        """One line a completion: prompt, text, score and the credit of its selected tokens, [token, advantage]."""
+        lines, place = [], 0
+        for rollout, group_scores, credit in zip(rollouts, scores, credits, strict=True):
+            chosen: list[list[list[float]]] = [[] for _ in rollout.texts]
+            for row, col, advantage in zip(
+                credit.row.tolist(), credit.col.tolist(), credit.advantage.tolist(), strict=True
+            ):
+                chosen[row].append([col, round(advantage, 6)])
+            for g, (text, score) in enumerate(zip(rollout.texts, group_scores, strict=True)):
+                completion = rollout.completions[g]
+                record = {
+                    "step": step,
+                    "problem": rollout.prompt.problem.id,
+                    "question": rollout.prompt.problem.question,
+                    "answer": rollout.prompt.problem.answer,
+                    "prefix_tokens": len(rollout.prompt.prefix),
+                    "text": text,
+                    "score": score.value,
+                    "parts": dict(score.parts),
+                    "tokens": len(completion.token_ids),
+                    "stop": completion.stop,
+                    "credit": chosen[g],
+                }
+                record.update({name: values[place] for name, values in extra.items()})
+                lines.append(record)
+                place += 1
+        self._append("samples.jsonl", *lines)
+
+    def _append(self, name: str, *records: Mapping[str, Any]) -> None:
+        text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+        with (self.folder / name).open("a", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+
+
+def one_line(report: StepReport, steps: int) -> str:
+    """The console line of a step."""
+    seconds = sum(report.seconds.values())
+    return (
+        f"step {report.step + 1:>{len(str(steps))}}/{steps}  reward {report.reward:.3f}  solved {report.solved:.1%}  "
+        f"signal {report.groups_with_signal}/{report.groups}  trained {report.tokens_trained:,} of "
+        f"{report.tokens_sampled:,} tokens  loss {report.loss:+.4f}  norm {report.grad_norm:.3f}  {seconds:.2f} s"
+        + ("" if report.applied or not report.tokens_trained else "  NOT APPLIED")
+    )
+
+
+def cut_logs(folder: Path, steps: int) -> None:
+    """Drops what the logs hold of steps that a resumed run is going to do again, and lines that a kill left torn.
+
+    An evaluation stands for the steps before it, so that of step N stays with a checkpoint of N steps.
+    """
+    for name in LOGS:
+        path = folder / name
+        if not path.is_file():
+            continue
+        last = steps if name == "evals.jsonl" else steps - 1
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last]
+        draft = path.with_name(f".draft-{name}")
+        draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(draft, path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+def read_metrics(folder: Path) -> list[StepReport]:
+    """The step reports of a run so far."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    return [StepReport(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]

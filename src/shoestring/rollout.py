@@ -1,0 +1,58 @@
+"""Problems -> prompts -> completions -> texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from shoestring.errors import DataError
+from shoestring.policy import Policy
+from shoestring.samplers.base import Engine, Sampling
+from shoestring.tasks.base import Task
+from shoestring.types import Completion, Problem, Prompt
+
+
+class Encoded(NamedTuple):
+    prompts: list[Prompt]
+    num_truncated: int
+
+
+def encode(
+    policy: Policy, task: Task, problems: Iterable[Problem], max_new_tokens: int, *, allow_truncated: bool = False
+) -> Encoded:
+    """The prompts of some problems. One that leaves no room for an answer in the model's context is refused or cut."""
+    room = (policy.context or 2**31) - max_new_tokens
+    prompts, truncated = [], 0
+    for problem in problems:
+        ids = policy.encode(task.ask(problem), task.format, task.chat)
+        if len(ids) > room:
+            if not allow_truncated or room < 1:
+                raise DataError(
+                    f"the prompt of {problem.id} has {len(ids)} tokens",
+                    f"with {max_new_tokens} new ones it is longer than the model's context of {policy.context}",
+                    "lower sampling.max_new_tokens, shorten the prompt, or set allow_truncated_prompts = true",
+                )
+            ids, truncated = ids[-room:], truncated + 1
+        prompts.append(Prompt(problem, ids, len(ids)))
+    return Encoded(prompts, truncated)
+
+
+class Rollout(NamedTuple):
+    """A prompt with its completions and their texts, forced prefix included; not scored yet."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    texts: tuple[str, ...]
+
+
+def roll_out(
+    policy: Policy, engine: Engine, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, seed: int
+) -> list[Rollout]:
+    """`num` completions of each prompt, decoded."""
+    if not prompts:
+        return []
+    completions = engine.sample(prompts, num=num, sampling=sampling, seed=seed)
+    return [
+        Rollout(prompt, group, tuple(policy.decode(prompt.prefix + completion.token_ids) for completion in group))
+        for prompt, group in zip(prompts, completions, strict=True)
+    ]

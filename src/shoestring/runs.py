@@ -1,0 +1,142 @@
+"""Run folders: choosing one, refusing to write over another run, going on with one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from shoestring import config as configs
+from shoestring.config import RunConfig
+from shoestring.errors import ConfigError, DataError
+
+# What a resumed run may change: how long it is and how it is carried out, not what it computes.
+_MAY_CHANGE = ("steps", "save_every", "out", "execution.")
+
+
+def open_run(
+    config: RunConfig | Mapping[str, Any] | str | Path | None,
+    *,
+    data: Iterable[Mapping[str, Any]] | None,
+    resume: str | Path | None,
+    own_rewards: bool = False,
+) -> tuple[Path, RunConfig]:
+    """The folder and the settled config of a new run or of one to go on with; config.toml lies in the folder after it."""
+    if resume is not None:
+        return _resumed(Path(resume), config)
+    if data is not None:
+        values = config.model_dump(exclude_none=True) if isinstance(config, RunConfig) else _values(config)
+        folder = _new_folder(values.get("out"), "file", _algorithm_name(values))
+        task = _write_data(folder, data, values.get("task") or {}, own_rewards)
+        settled = configs.settle({**values, "task": task, "out": str(folder)})
+    else:
+        settled = config if isinstance(config, RunConfig) else configs.settle(_values(config))
+        folder = _new_folder(settled.out, settled.task.name, settled.algorithm.name)
+        settled = settled.model_copy(update={"out": str(folder)})
+    write_config(folder, settled)
+    return folder, settled
+
+
+def _values(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
+    return dict(config) if isinstance(config, Mapping) else configs.read(config)
+
+
+def _algorithm_name(values: Mapping[str, Any]) -> str:
+    algorithm = values.get("algorithm", "s-grpo")
+    return algorithm if isinstance(algorithm, str) else algorithm.get("name", "s-grpo")
+
+
+def _new_folder(out: str | None, task: str, algorithm: str) -> Path:
+    folder = Path(out) if out else _next_free(Path("runs"), f"{task}-{algorithm}")
+    check_free(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_free(folder: Path) -> None:
+    """Raises `ConfigError` if anything lies in the folder already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"out is {folder}",
+            "something lies there already, and nothing is written over",
+            "choose another folder, or go on with a run by --resume",
+        )
+
+
+def _next_free(parent: Path, name: str) -> Path:
+    """runs/<name>-<number>, the number one above the highest there is."""
+    clean = "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-")
+    numbers = [int(tail) for p in parent.glob(f"{clean}-*") if (tail := p.name[len(clean) + 1 :]).isdigit()]
+    return parent / f"{clean}-{max(numbers, default=0) + 1}"
+
+
+def _write_data(
+    folder: Path, data: Iterable[Mapping[str, Any]], task: str | Mapping[str, Any], own_rewards: bool
+) -> dict[str, Any]:
+    """Puts the rows into the run's folder, so that the run can be resumed and evaluated; the task that reads them."""
+    path = folder / "data" / "train.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    try:
+        lines = [json.dumps(dict(row), ensure_ascii=False) + "\n" for row in data]
+    except TypeError as error:
+        raise DataError("data holds a row that is not plain", f"it cannot be kept as JSON ({error})", "use text and numbers")
+    if not lines:
+        raise DataError("data is empty", "there is nothing to train on", "give at least one row with a prompt")
+    path.write_text("".join(lines), encoding="utf-8")
+    settings = {} if isinstance(task, str) else {k: v for k, v in task.items() if k != "name"}
+    if own_rewards:
+        settings.setdefault("check", "none")
+    return {**settings, "name": f"file:{path.parent}"}
+
+
+def _resumed(folder: Path, config: RunConfig | Mapping[str, Any] | str | Path | None) -> tuple[Path, RunConfig]:
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise ConfigError(f"the run to resume is {folder}", "it holds no config.toml", "give the folder of a run")
+    saved = configs.load(path)
+    if config is None:
+        return folder, saved
+    asked = config if isinstance(config, RunConfig) else configs.settle(_over(saved, _values(config)))
+    changed = [key for key in configs.differences(saved, asked) if not key.startswith(_MAY_CHANGE)]
+    if asked.steps != saved.steps and saved.optim.schedule != "constant":
+        changed.append("steps (the schedule of the learning rate depends on it)")
+    if changed:
+        raise ConfigError(
+            f"the run to resume is {folder}, and the config changes {', '.join(changed)}",
+            "what it computes would be neither the old run nor a new one",
+            "resume without these changes, or start a new run",
+        )
+    settled = asked.model_copy(update={"out": saved.out})
+    write_config(folder, settled)
+    return folder, settled
+
+
+def _over(saved: RunConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved config with the given values laid over it."""
+    merged = saved.model_dump(exclude_none=True)
+    for key, value in values.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = {**merged[key], **value} if both else value
+    return merged
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    draft = folder / ".draft-config.toml"
+    draft.write_text(configs.dump(config), encoding="utf-8")
+    os.replace(draft, folder / "config.toml")
+
+
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Fills a temporary folder by `write` and puts it in the target's place, so that no half-written one is ever seen."""
+    draft, old = target.with_name(f".draft-{target.name}"), target.with_name(f".old-{target.name}")
+    for path in (draft, old):
+        shutil.rmtree(path, ignore_errors=True)
+    draft.mkdir(parents=True)
+    write(draft)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(draft, target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,64 @@
+"""What every table entry is made of: a frozen record whose fields are settings, checked when it is built."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shoestring.errors import ConfigError, nearest
+
+S = TypeVar("S", bound="Settings")
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and strict about names and types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True, allow_inf_nan=False)
+
+
+def pick(table: dict[str, type[Any]], kind: str, value: Any) -> Any:
+    """The entry of `table` that `value` (a table with `name`, or the bare name) asks for, built from its settings."""
+    if isinstance(value, BaseModel):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise ConfigError(f"[{kind}] is {value!r}", "it does not say which one", f'write name = "..."; {nearest("", table)}')
+    key = value["name"].split(":")[0]
+    if key not in table:
+        raise ConfigError(f'{kind}.name is "{value["name"]}"', f"there is no such {kind}", nearest(key, table))
+    return build(table[key], value, kind)
+
+
+def build(cls: type[S], value: dict[str, Any], where: str) -> S:
+    """`cls(**value)`, with the library's error turned into a `ConfigError`."""
+    try:
+        return cls.model_validate(value)
+    except ValidationError as error:
+        raise as_config_error(error, cls, where) from None
+
+
+def as_config_error(error: ValidationError, cls: type[BaseModel], where: str = "") -> ConfigError:
+    """The first fault that pydantic found, in three parts."""
+    fault = error.errors(include_url=False)[0]
+    path = [str(part) for part in fault["loc"]]
+    name = ".".join(([where] if where else []) + path) or cls.__name__
+    if fault["type"] == "extra_forbidden":
+        return ConfigError(f'"{name}" is set', "there is no such setting", nearest(path[-1], _fields(cls, path[:-1])))
+    if fault["type"] == "missing":
+        return ConfigError(f'"{name}" is not set', "it has no default", f"write {name} = ...")
+    cause = fault.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return cause
+    return ConfigError(f"{name} is {fault['input']!r}", "it cannot be used", fault["msg"].removeprefix("Value error, "))
+
+
+def _fields(cls: type[BaseModel], path: list[str]) -> list[str]:
+    """The field names of the settings class found by walking `path` from `cls`."""
+    for part in path:
+        annotation = cls.model_fields[part].annotation if part in cls.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        cls = annotation
+    return list(cls.model_fields)

@@ -1,0 +1,135 @@
+"""`file:<path>` and `hub:<id>`: the user's own rows, with `prompt` or `question` and `answer` columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from shoestring import answers
+from shoestring.errors import ConfigError, DataError
+from shoestring.tasks.base import SPLITS, Messages, check_split, stable_hash
+from shoestring.tasks.rows import ENDINGS, Checked, Row, checked_answer, hold_back, hub_rows, read_rows
+from shoestring.types import Problem, Score
+
+
+class File(Checked):
+    """Rows of a JSONL, CSV or Parquet file, or of a folder with train, validation and test files.
+
+    A file named for a split is that split; the rows of any other are parted by a hash of their question, 90/5/5. A `prompt`
+    may be text or a list of chat messages; further columns reach the user's reward functions.
+    """
+
+    name: str
+    check: Literal["math", "text", "none"] = "math"
+    """How an answer is compared: as a number or formula, as text, or not at all (the rewards are the user's own)."""
+
+    @field_validator("name")
+    @classmethod
+    def _names_something(cls, name: str) -> str:
+        kind, _, rest = name.partition(":")
+        if not rest:
+            raise ConfigError(f'task.name is "{name}"', f"it does not say which {kind}", f'write "{kind}:..."')
+        return name
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        check_split(split)
+        source = self.name.partition(":")[2]
+        rows, how = self._rows(source, split)
+        problems = [self._problem(row, i, source) for i, row in enumerate(rows)]
+        if how == "hash":
+            problems = [p for p in problems if _split_of(p) == split]
+        elif how == "held back":
+            problems = hold_back(problems, self.validation, split)
+        if not problems:
+            raise DataError(f'task.name is "{self.name}"', f'its split "{split}" is empty', "give more rows or a file for it")
+        return problems
+
+    def _rows(self, source: str, split: str) -> tuple[Sequence[Row], Literal["all", "hash", "held back"]]:
+        """The rows that hold a split, and how it is taken from them."""
+        path = Path(source).expanduser()
+        if path.is_dir():
+            files = {p.stem: p for p in sorted(path.iterdir()) if p.suffix in ENDINGS and p.stem in SPLITS}
+        elif path.stem in SPLITS:
+            files = {path.stem: path}
+        else:
+            return read_rows(path), "hash"
+        if split in files and not (split == "train" and self.validation and "validation" not in files):
+            return read_rows(files[split]), "all"
+        if split in ("train", "validation") and "train" in files and self.validation:
+            return read_rows(files["train"]), "held back"
+        raise DataError(
+            f'task.name is "{self.name}"',
+            f'there is no "{split}" part (found: {", ".join(sorted(files)) or "none"})',
+            f"add a file {split}.jsonl" + (", or set task.validation" if split == "validation" else ""),
+        )
+
+    def _problem(self, row: Row, index: int, source: str) -> Problem:
+        where = f"{source} row {index}"
+        question = row.get("prompt", row.get("question"))
+        if not question:
+            columns = ", ".join(map(str, row))
+            raise DataError(f"{where} has the columns {columns}", "none of them asks", 'name one "prompt" or "question"')
+        meta: dict[str, Any] = {"columns": {k: v for k, v in row.items() if k not in ("prompt", "question", "answer")}}
+        if not isinstance(question, str):
+            meta["messages"] = _messages(question, where)
+            question = meta["messages"][-1]["content"]
+        if row.get("solution"):
+            meta["solution"] = str(row["solution"])
+        identity = str(row.get("id") or f"{Path(source).name}-{stable_hash(question):016x}")
+        return Problem(identity, question, self._answer(row, where), meta)
+
+    def _answer(self, row: Row, where: str) -> str:
+        if self.check == "none":
+            return "" if row.get("answer") is None else str(row["answer"])
+        if row.get("answer") is None:
+            raise DataError(
+                f"{where} has no answer",
+                "there is nothing to compare completions with",
+                'add a column "answer", or write task.check = "none" and give rewards of your own',
+            )
+        return checked_answer(row["answer"], where) if self.check == "math" else str(row["answer"]).strip()
+
+    def ask(self, problem: Problem) -> Messages:
+        return problem.meta.get("messages") or super().ask(problem)
+
+    def score(self, problem: Problem, text: str) -> Score:
+        if self.check == "math":
+            return super().score(problem, text)
+        if self.check == "none":
+            return Score(0.0, {})
+        right = float(_plain(answers.marked(text) or text) == _plain(problem.answer))
+        return Score(right, {"correct": right})
+
+    def vote(self, text: str) -> str | None:
+        return super().vote(text) if self.check == "math" else _plain(answers.marked(text) or text) or None
+
+
+class Hub(File):
+    """The same of a hub data set: `hub:<id>`, or `hub:<id>@<subset>`."""
+
+    def _rows(self, source: str, split: str) -> tuple[Sequence[Row], Literal["all", "hash", "held back"]]:
+        held = split == "validation" or (split == "train" and self.validation > 0)
+        if held and self.validation:
+            return list(hub_rows(source, "train")), "held back"
+        return list(hub_rows(source, split)), "all"
+
+
+def _messages(value: Any, where: str) -> Messages:
+    if isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+        return [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
+    raise DataError(
+        f"{where} has the prompt {value!r}", "it is neither text nor messages", 'write text or [{"role": ..., "content": ...}]'
+    )
+
+
+def _split_of(problem: Problem) -> str:
+    place = stable_hash("file", problem.question) % 100
+    return "train" if place < 90 else "validation" if place < 95 else "test"
+
+
+def _plain(text: str) -> str:
+    """Text without the differences that are none: case, space, a final full stop."""
+    return " ".join(text.split()).rstrip(".").casefold()

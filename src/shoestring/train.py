@@ -1,0 +1,374 @@
+"""The loop: problems, prompts, completions, scores, credit, one update, one report. Read `_run` from top to bottom."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from types import FrameType
+from typing import Any
+
+import torch
+
+from shoestring import checkpoint, evaluate, replay, report, runs
+from shoestring.batch import collate, has_signal
+from shoestring.checkpoint import State
+from shoestring.config import RunConfig
+from shoestring.errors import NonFiniteError
+from shoestring.optim import UpdateReport, build_optimizer, learning_rate, set_learning_rate, update
+from shoestring.policy import Policy, load_policy
+from shoestring.report import Reporter
+from shoestring.rewards import Rewards, RewardFunction, Row, Scored, TrainerState
+from shoestring.rollout import Rollout, encode, roll_out
+from shoestring.samplers.base import Engine
+from shoestring.tasks.base import stable_hash
+from shoestring.types import Credit, Group, Problem, Prompt, StepReport
+
+# A step whose gradient is not finite is skipped; so many in a row are no accident.
+_MOST_SKIPPED = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished (or stopped) run: its folder, its settled config, its reports so far, and the trained policy."""
+
+    folder: Path
+    config: RunConfig
+    reports: Sequence[StepReport]
+    policy: Policy
+    stopped_by: int = 0
+    """The signal that ended it early, or 0."""
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+
+def train(
+    config: RunConfig | Mapping[str, Any] | str | Path | None = None,
+    *,
+    rewards: Iterable[RewardFunction | str] = (),
+    data: Iterable[Mapping[str, Any]] | None = None,
+    resume: str | Path | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Trains as `config` says (a config, a nested mapping, a recipe's path, or None for the embedded default).
+
+    `rewards` are functions in TRL's form (or "task") that take the place of `[rewards] functions`. `data` are rows with
+    `prompt` (or `question`) and `answer`; they are written into the run's folder and take the place of the task. `resume` is
+    the folder of a run to go on with. Raises `ConfigError` and `DataError` before the model loads wherever that is possible.
+    """
+    rewards = tuple(rewards)
+    folder, settled = runs.open_run(config, data=data, resume=resume, own_rewards=bool(rewards))
+    scorer = Rewards(rewards or settled.rewards.functions, settled.rewards.weights)
+    return _run(folder, settled, scorer, quiet=quiet)
+
+
+def _run(folder: Path, config: RunConfig, scorer: Rewards, *, quiet: bool) -> Run:
+    task, algorithm = config.task, config.algorithm
+    problems = task.problems("train")
+    if config.eval_every:
+        task.problems(config.evaluation.split)  # a split that is not there is found now, not at its first use
+
+    torch.manual_seed(config.seed)  # the adapter's first weights; everything later draws from hashes of the seed
+    policy = load_policy(config.model, adapter=config.adapter, device=config.execution.device)
+    engine = config.sampler.open(policy)
+    trained = policy.trained()
+    optimizer = build_optimizer(trained.values(), config.optim)
+    last = checkpoint.latest(folder)
+    state = checkpoint.restore(last, trained, optimizer) if last else State()
+    report.cut_logs(folder, state.step)
+
+    reporter = Reporter(folder, config.steps, quiet=quiet)
+    reporter.say(describe(config, policy, folder, state))
+    with _signals() as stopped, reporter.running(state.step):
+        while state.step < config.steps and not stopped:
+            step, clock = state.step, Clock(policy.device)
+            if config.eval_every and step % config.eval_every == 0:
+                _evaluate(folder, config, policy, engine, state, reporter)
+                clock = Clock(policy.device)
+
+            with clock.phase("sample"):
+                rollouts = _roll_out(config, policy, engine, problems, state)
+            with clock.phase("score"):
+                scored, groups = _score(config, scorer, rollouts, step)
+            with clock.phase("credit"):
+                credits = [
+                    algorithm.credit(group, torch.Generator().manual_seed(_seed(config, step, "credit", i)))
+                    for i, group in enumerate(groups)
+                ]
+                batches = collate(
+                    groups,
+                    credits,
+                    normalise=algorithm.normalise,
+                    beta=config.objective.beta,
+                    max_tokens=config.execution.micro_batch_tokens,
+                )
+            lr = learning_rate(step, config.steps, config.optim)
+            with clock.phase("train"):
+                set_learning_rate(optimizer, lr)
+                result = UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False)
+                if batches:  # without signal there is nothing to learn from, and the step is a fact to report
+                    result = update(
+                        policy,
+                        optimizer,
+                        batches,
+                        config.objective,
+                        temperature=config.sampling.temperature,
+                        max_grad_norm=config.optim.max_grad_norm,
+                        checkpointing=config.execution.checkpointing,
+                    )
+                    engine.sync(policy)
+
+            state.replays = replay.choose(
+                algorithm.replay, groups, config.sampling.num_prompts, Random(_seed(config, step, "replay"))
+            )
+            state.step += 1
+            state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.culprits else 0
+            reporter.samples(step, rollouts, [group.scores for group in groups], credits, scored.columns)
+            reporter.step(_step_report(step, lr, groups, credits, batches, scored, result, clock))
+            _warn(reporter, step, groups, scored, result)
+            if state.skipped_in_a_row == _MOST_SKIPPED:
+                checkpoint.save(folder, trained, optimizer, state)
+                raise NonFiniteError(
+                    f"{_MOST_SKIPPED} steps in a row (the last was {step}) had a loss or gradient that is not finite, and "
+                    f"none was applied; problems: {', '.join(result.culprits)}. A checkpoint is in {folder}."
+                )
+            if config.save_every and state.step % config.save_every == 0:
+                checkpoint.save(folder, trained, optimizer, state)
+
+        if config.eval_every and not stopped:
+            _evaluate(folder, config, policy, engine, state, reporter)
+        checkpoint.save(folder, trained, optimizer, state)
+        _save_adapter(folder, config, policy)
+    reporter.say(where_it_lies(folder, config, state))
+    return Run(folder, config, report.read_metrics(folder), policy, stopped[0] if stopped else 0)
+
+
+def _seed(config: RunConfig, step: int, *purpose: object) -> int:
+    """63 bits for one purpose of one step."""
+    return stable_hash(config.seed, step, *purpose) >> 1
+
+
+# --- the stages of a step -------------------------------------------------------------------------------------------
+
+
+def _roll_out(
+    config: RunConfig, policy: Policy, engine: Engine, problems: Sequence[Problem], state: State
+) -> list[Rollout]:
+    """Fresh problems, and prefixes that replay wants to see continued; moves `state.cursor`."""
+    sampling, step = config.sampling, state.step
+    num_fresh = sampling.num_prompts - len(state.replays)
+    chosen = [problems[i] for i in order(len(problems), config.seed, state.cursor, num_fresh)]
+    state.cursor += num_fresh
+    fresh, _ = encode(
+        policy, config.task, chosen, sampling.max_new_tokens, allow_truncated=config.allow_truncated_prompts
+    )
+
+    def rolled(prompts: list[Prompt], num: int, purpose: str) -> list[Rollout]:
+        seed = _seed(config, step, purpose)
+        return roll_out(policy, engine, prompts, num=num, sampling=sampling, seed=seed)
+
+    rollouts = rolled(fresh, sampling.num_completions, "sample")
+    if state.replays:
+        rollouts += rolled(
+            state.replays, config.algorithm.replay.completions or sampling.num_completions, "sample replays"
+        )
+    return rollouts
+
+
+def order(count: int, seed: int, start: int, num: int) -> list[int]:
+    """Places `start` to `start + num` of an endless order of `count` problems: each epoch a permutation of its own.
+
+    >>> sorted(order(4, seed=0, start=4, num=4))
+    [0, 1, 2, 3]
+    """
+    chosen: list[int] = []
+    while len(chosen) < num:
+        epoch, place = divmod(start + len(chosen), count)
+        generator = torch.Generator().manual_seed(stable_hash(seed, "epoch", epoch) >> 1)
+        permutation = torch.randperm(count, generator=generator)
+        chosen += permutation[place : place + num - len(chosen)].tolist()
+    return chosen
+
+
+def _score(config: RunConfig, scorer: Rewards, rollouts: Sequence[Rollout], step: int) -> tuple[Scored, list[Group]]:
+    rows = [
+        Row(rollout.prompt.problem, text, completion.token_ids)
+        for rollout in rollouts
+        for text, completion in zip(rollout.texts, rollout.completions, strict=True)
+    ]
+    scored = scorer.score(config.task, rows, TrainerState(global_step=step, max_steps=config.steps))
+    scores = iter(scored.scores)
+    groups = [Group(r.prompt, r.completions, tuple(next(scores) for _ in r.completions)) for r in rollouts]
+    return scored, groups
+
+
+def _step_report(
+    step: int,
+    lr: float,
+    groups: Sequence[Group],
+    credits: Sequence[Credit],
+    batches: Sequence[Any],
+    scored: Scored,
+    result: UpdateReport,
+    clock: Clock,
+) -> StepReport:
+    scores = [score for group in groups for score in group.scores]
+    completions = [completion for group in groups for completion in group.completions]
+    names = sorted({name for score in scores for name in score.parts})
+    return StepReport(
+        step=step,
+        reward=_mean([score.value for score in scores]),
+        reward_parts={name: _mean([s.parts[name] for s in scores if name in s.parts]) for name in names}
+        | dict(scored.metrics),
+        solved=_mean([float(score.parts.get("solved", score.parts.get("correct", score.value)) >= 1) for score in scores]),
+        groups=len(groups),
+        groups_with_signal=sum(has_signal(credit) for credit in credits),
+        tokens_sampled=sum(len(c.token_ids) for c in completions),
+        tokens_trained=sum(len(batch.row) for batch in batches),
+        tokens_run=sum(batch.input_ids.numel() for batch in batches),
+        truncated=sum(c.stop == "length" for c in completions),
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        kl=result.kl,
+        clip_fraction=result.clip_fraction,
+        sampler_gap=result.sampler_gap,
+        lr=lr,
+        applied=result.applied,
+        seconds=clock.seconds,
+        peak_bytes=clock.peak_bytes(),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _warn(
+    reporter: Reporter, step: int, groups: Sequence[Group], scored: Scored, result: UpdateReport
+) -> None:
+    """What a user should not have to find out by reading metrics."""
+    if result.culprits:
+        reporter.say(
+            f"Step {step} was not applied: the loss or gradient of {', '.join(result.culprits)} is not finite "
+            f"(loss {result.loss}, norm {result.grad_norm})."
+        )
+    if step == 0 and all(score.value == 0 for score in scored.scores):
+        reporter.say(
+            f"WARNING: all {len(scored.scores)} completions of the first step scored 0, so nothing could be learnt from it. "
+            "Look at samples.jsonl: is the answer there, and does the scorer find it? A model too weak to earn any reward "
+            "needs a warm start (shoestring sft) or easier problems."
+        )
+    cut = [c.stop == "length" for group in groups for c in group.completions]
+    if step == 0 and sum(cut) > 0.5 * len(cut):
+        reporter.say(
+            f"WARNING: {sum(cut)} of {len(cut)} completions of the first step were cut off at sampling.max_new_tokens."
+        )
+
+
+def _evaluate(
+    folder: Path, config: RunConfig, policy: Policy, engine: Engine, state: State, reporter: Reporter
+) -> None:
+    """Greedy accuracy on the run's own evaluation problems; keeps the best adapter if the config says so."""
+    settings = evaluate.Settings(
+        split=config.evaluation.split, num=config.evaluation.num, max_new_tokens=config.sampling.max_new_tokens
+    )
+    found = evaluate.evaluate(policy, engine, config.task, settings)
+    best = found.accuracy > state.best_accuracy
+    if best:
+        state.best_accuracy, state.best_step = found.accuracy, state.step
+        if config.evaluation.keep == "best":
+            runs.replace_folder(folder / "best", lambda draft: policy.save_adapter(str(draft)))
+    values = {"step": state.step, **found.as_json(), "best_so_far": best}
+    reporter.evaluation(values)
+
+
+def _save_adapter(folder: Path, config: RunConfig, policy: Policy) -> None:
+    """The adapter that the run ends with, in PEFT's format."""
+
+    def write(draft: Path) -> None:
+        if config.evaluation.keep == "best" and (folder / "best").is_dir():
+            shutil.copytree(folder / "best", draft, dirs_exist_ok=True)
+        else:
+            policy.save_adapter(str(draft))
+
+    runs.replace_folder(folder / "adapter", write)
+
+
+# --- around the loop ------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds by phase, and the device's peak memory since it was made."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = time.perf_counter() - started
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM let the step in hand finish: the first fills the list, a second interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before: dict[int, Callable[..., Any] | int | None] = {
+        number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def describe(config: RunConfig, policy: Policy, folder: Path, state: State) -> str:
+    """The opening lines of a run."""
+    total = sum(p.numel() for p in policy.base.parameters())
+    trained = sum(p.numel() for p in policy.trained().values())
+    start = f"resumed at step {state.step}" if state.step else "new run"
+    return (
+        f"{config.algorithm.name} on {config.task.name}: {config.model.name} "
+        f"({total:,} parameters, {str(policy.base.dtype).removeprefix('torch.')}, {policy.device}), "
+        f"{trained:,} trained ({trained / total:.2%}); {start} in {folder}"
+    )
+
+
+def where_it_lies(folder: Path, config: RunConfig, state: State) -> str:
+    kept = f" (best of the evaluations: step {state.best_step})" if config.evaluation.keep == "best" else ""
+    return "\n".join(
+        [
+            f"adapter:  {folder / 'adapter'}{kept}",
+            f"metrics:  {folder / 'metrics.jsonl'}",
+            f"samples:  {folder / 'samples.jsonl'}",
+            f"evaluate: shoestring eval {folder}",
+        ]
+        + ([f"go on:    shoestring train --resume {folder}"] if state.step < config.steps else [])
+    )

@@ -1,0 +1,144 @@
+"""The records, in the order in which they are made. Data moves one way: a later stage makes a new record.
+
+Letters: P prompts in a step, G completions of a prompt, T tokens of a completion, N selected tokens, BxL a padded batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem of a task.
+
+    `answer` is the reference that a completion is compared with; `meta` holds whatever else the task knows (a worked
+    solution under "solution", the other columns of a data row under "columns").
+
+    >>> Problem("multiplication-12x34", "12*34=", "408", {}).answer
+    '408'
+    """
+
+    id: str
+    question: str
+    answer: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given: token ids up to where its answer starts, and from there a forced prefix if there is one.
+
+    Without a prefix `answer_start == len(token_ids)`; with one, `token_ids[answer_start:]` is the prefix. It is part of the
+    answer's text, and never trained.
+
+    >>> Prompt(Problem("1", "2*3=", "6"), token_ids=(5, 8, 6, 9, 1, 1), answer_start=4).prefix
+    (1, 1)
+    """
+
+    problem: Problem
+    token_ids: tuple[int, ...]
+    answer_start: int
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        return self.token_ids[self.answer_start :]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The tokens that the model sampled, [T], the end-of-sequence token included, and their log-probs, [T].
+
+    A log-prob is log-softmax(logits / temperature) at the sampled token, before top-p, top-k and min-p; greedy decoding
+    counts as temperature 1. `stop` is "end" when the model ended by itself and "length" when it was cut off.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stop: Literal["end", "length"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A completion's reward and its named parts (for the report)."""
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt with its completions, [G], and their scores, [G]."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Which tokens of a group train, how hard, and their share of the average. All fields are [N].
+
+    `row` is the completion's place in the group, `col` the token's place in the completion (both int64). `advantage` says
+    which way and how hard; `weight` holds the algorithm's own average over the group, so that the loss is a plain sum.
+    They stay apart because clipping looks at the advantage's sign. `kl_weight` (None: the same as `weight`) is the token's
+    share of the KL term.
+
+    Completions `abc`, `abd`, `ae` with rewards 1, 0, 1 hold eight tokens but five distinct (prefix, token) pairs, so
+    T-SPMO gives ab -1/6 (row 0, col 1), abc +1/2 (row 0, col 2), abd -1/2 (row 1, col 2), ae +1/3 (row 2, col 1), each with
+    weight 1/5; `a` follows from the prompt in every completion, has advantage 0 and is left out.
+    """
+
+    row: Tensor
+    col: Tensor
+    advantage: Tensor
+    weight: Tensor
+    kl_weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: right-padded rows, [B, L], and the N places in them where the loss is taken, [N].
+
+    `input_ids[row, col]` is the input whose output predicts `target`. Rows end at their last selected place: nothing
+    behind it is run. `problem_ids`, [B], name the rows in messages.
+    """
+
+    input_ids: Tensor
+    row: Tensor
+    col: Tensor
+    target: Tensor
+    advantage: Tensor
+    weight: Tensor
+    kl_weight: Tensor
+    sampler_logprob: Tensor
+    problem_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One line of metrics.jsonl. `seconds` is per phase, `peak_bytes` the device's peak allocation (0 on CPU)."""
+
+    step: int
+    reward: float
+    reward_parts: Mapping[str, float]
+    solved: float
+    groups: int
+    groups_with_signal: int
+    tokens_sampled: int
+    tokens_trained: int
+    tokens_run: int
+    truncated: int
+    loss: float
+    grad_norm: float
+    kl: float
+    clip_fraction: float
+    sampler_gap: float
+    lr: float
+    applied: bool
+    seconds: Mapping[str, float]
+    peak_bytes: int
