@@ -1,0 +1,58 @@
+"""Shoestring: reinforcement learning of LLM reasoning on one memory-constrained GPU.
+
+    from shoestring import train
+    run = train({"task": "multiplication", "algorithm": {"name": "t-spmo"}, "steps": 100})
+
+The public names; each is imported when it is first used, so that this import costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shoestring.config import RunConfig, load
+    from shoestring.errors import ConfigError, DataError
+    from shoestring.evaluation import evaluate
+    from shoestring.loop import Run, train
+    from shoestring.policy import Policy, load_policy
+    from shoestring.supervised import SftConfig, merge, sft
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "RunConfig": "config",
+    "load": "config",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "evaluate": "evaluation",
+    "Policy": "policy",
+    "load_policy": "policy",
+    "SftConfig": "supervised",
+    "merge": "supervised",
+    "sft": "supervised",
+    "Run": "loop",
+    "train": "loop",
+}
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "Policy",
+    "Run",
+    "RunConfig",
+    "SftConfig",
+    "evaluate",
+    "load",
+    "load_policy",
+    "merge",
+    "sft",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'shoestring' has no attribute {name!r}")
+    return getattr(import_module(f"shoestring.{_HOME[name]}"), name)

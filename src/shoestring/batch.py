@@ -38,8 +38,9 @@ def collate(
 ) -> list[Batch]:
     """Micro-batches of at most `max_tokens` padded tokens (a longer row stands alone), longest rows first.
 
-    Weights are divided once by the number of groups, those without signal included, or by the number of selected tokens.
-    Places with advantage 0 can act only through a KL term, so with `beta` 0 they, and rows without any other, are left out.
+    Weights are divided once by the number of groups, those without signal included, or by the number of selected
+    tokens. Places with advantage 0 can act only through a KL term, so with `beta` 0 they, and rows without any other,
+    are left out.
     """
     selected = sum(len(credit.row) for credit in credits)
     divisor = max(len(groups) if normalise == "groups" else selected, 1)
@@ -47,7 +48,7 @@ def collate(
         row for group, credit in zip(groups, credits, strict=True) for row in _rows(group, credit, divisor, beta != 0)
     ]
     rows.sort(key=lambda row: -len(row.token_ids))
-    return [_pad(cut) for cut in _cuts(rows, max_tokens)]
+    return [pad_rows(cut) for cut in cut_rows(rows, max_tokens)]
 
 
 def _rows(group: Group, credit: Credit, divisor: int, with_kl: bool) -> Iterator[Row]:
@@ -73,7 +74,7 @@ def _rows(group: Group, credit: Credit, divisor: int, with_kl: bool) -> Iterator
         )
 
 
-def _cuts(rows: Iterable[Row], max_tokens: int) -> Iterator[list[Row]]:
+def cut_rows(rows: Iterable[Row], max_tokens: int) -> Iterator[list[Row]]:
     """Runs of rows (already longest first) whose padded size keeps within the limit."""
     cut: list[Row] = []
     for row in rows:
@@ -85,8 +86,9 @@ def _cuts(rows: Iterable[Row], max_tokens: int) -> Iterator[list[Row]]:
         yield cut
 
 
-def _pad(rows: list[Row]) -> Batch:
-    """Right-padded, with id 0: behind a causal row's end no token can see it, so neither mask nor pad token is needed."""
+def pad_rows(rows: list[Row]) -> Batch:
+    """Right-padded, with id 0: behind a causal row's end no token can see it, so neither mask nor pad token is
+    needed."""
     ids = torch.zeros(len(rows), len(rows[0].token_ids), dtype=torch.int64)
     for index, row in enumerate(rows):
         ids[index, : len(row.token_ids)] = torch.tensor(row.token_ids)

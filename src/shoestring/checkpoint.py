@@ -21,8 +21,8 @@ from shoestring.types import Problem, Prompt
 
 @dataclass
 class State:
-    """What a run remembers between steps, beside its weights. Random numbers need no place here: each is drawn from a hash
-    of the seed, the step and what it is for."""
+    """What a run remembers between steps, beside its weights. Random numbers need no place here: each is drawn from a
+    hash of the seed, the step and what it is for."""
 
     step: int = 0
     """Steps that are done."""
@@ -62,7 +62,9 @@ def restore(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch
     weights = load_file(path / "adapter.safetensors")
     if weights.keys() != parameters.keys():
         raise ConfigError(
-            f"the checkpoint is {path}", "its adapter has other weights than the config asks for", "use the run's own config"
+            f"the checkpoint is {path}",
+            "its adapter has other weights than the config asks for",
+            "use the run's own config",
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -24,15 +25,15 @@ from shoestring.tasks import TASKS
 class OptimSettings(Settings):
     """AdamW (arXiv 1711.05101) over the trained weights."""
 
-    lr: float = Field(3e-4, gt=0)
+    lr: float = Field(default=3e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(5, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=5, ge=0)
     """Steps over which the rate rises linearly to `lr`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What the rate does after that; the last two end at 0 with the run."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
 
 
 class RewardSettings(Settings):
@@ -58,7 +59,7 @@ class EvaluationSettings(Settings):
     """The evaluations during a run (`eval_every`)."""
 
     split: str = "validation"
-    num: int = Field(100, ge=1)
+    num: int = Field(default=100, ge=1)
     """Problems, the first ones of the split."""
     keep: Literal["last", "best"] = "last"
     """Which adapter the run ends with: the last, or the one with the best accuracy in these evaluations."""
@@ -68,35 +69,39 @@ class ExecutionSettings(Settings):
     """How a step is carried out. Nothing here changes its result beyond rounding."""
 
     device: str = "auto"
-    micro_batch_tokens: int = Field(16_384, ge=1)
+    micro_batch_tokens: int = Field(default=16_384, ge=1)
     """Padded tokens that the training forward takes at once."""
     checkpointing: bool = False
     """Recompute the layers that carry gradient in the backward pass: less memory, more time."""
 
 
-def _model(value: Any) -> Any:
+def named_model(value: Any) -> Any:
+    """`model = "x"` is short for a table with that name."""
     return {"name": value} if isinstance(value, str) else value
 
 
 class RunConfig(Settings):
     """Everything a run depends on. With no argument: the embedded default."""
 
-    model: Annotated[ModelSettings, BeforeValidator(_model)] = ModelSettings()
-    task: Annotated[Any, BeforeValidator(partial(pick, TASKS, "task"))] = {"name": "multiplication"}
-    algorithm: Annotated[Any, BeforeValidator(partial(pick, ALGORITHMS, "algorithm"))] = {"name": "s-grpo"}
-    objective: Objective = Field(default=None)  # type: ignore[assignment]  # settled below from the algorithm's defaults
-    adapter: Annotated[Any, BeforeValidator(partial(pick, ADAPTERS, "adapter"))] = {"name": "lora"}
-    sampler: Annotated[Any, BeforeValidator(partial(pick, SAMPLERS, "sampler"))] = {"name": "hf"}
+    model: Annotated[ModelSettings, BeforeValidator(named_model)] = ModelSettings()
+    task: Annotated[Any, BeforeValidator(partial(pick, TASKS, "task"))] = Field(default={"name": "multiplication"})
+    algorithm: Annotated[Any, BeforeValidator(partial(pick, ALGORITHMS, "algorithm"))] = Field(
+        default={"name": "s-grpo"}
+    )
+    # Settled from the algorithm's defaults before anything else is checked.
+    objective: Objective = Field(default=None)  # type: ignore[assignment]
+    adapter: Annotated[Any, BeforeValidator(partial(pick, ADAPTERS, "adapter"))] = Field(default={"name": "lora"})
+    sampler: Annotated[Any, BeforeValidator(partial(pick, SAMPLERS, "sampler"))] = Field(default={"name": "hf"})
     sampling: Sampling = Sampling()
     optim: OptimSettings = OptimSettings()
     rewards: RewardSettings = RewardSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     execution: ExecutionSettings = ExecutionSettings()
-    steps: int = Field(150, ge=1)
-    seed: int = Field(0, ge=0)
-    eval_every: int = Field(0, ge=0)
+    steps: int = Field(default=150, ge=1)
+    seed: int = Field(default=0, ge=0)
+    eval_every: int = Field(default=0, ge=0)
     """Evaluate every so many steps; 0 never."""
-    save_every: int = Field(50, ge=0)
+    save_every: int = Field(default=50, ge=0)
     """Save a checkpoint every so many steps; 0 only at the end."""
     allow_truncated_prompts: bool = False
     """Cut prompts that do not fit the model's context from the left, and count them, instead of refusing them."""
@@ -153,20 +158,23 @@ def read(recipe: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, 
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f'the recipe is "{recipe}"', f"it is not TOML ({error})", "mend that line") from None
     for override in overrides:
-        _override(values, override)
+        values = overridden(values, override)
     return values
 
 
-def _override(values: dict[str, Any], text: str) -> None:
-    """Sets `a.b.c=value` in a nested mapping. The value is read as TOML; what is not TOML is a string.
+def overridden(values: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """A nested mapping with `a.b.c=value` set in it. The value is read as TOML; what is not TOML is a string.
 
     A new `name` of a table starts that table afresh, since the settings of one algorithm are not those of another.
     """
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f'the override is "{text}"', "it has no key and value", "write key=value, such as optim.lr=1e-4")
+        raise ConfigError(
+            f'the override is "{text}"', "it has no key and value", "write key=value, such as optim.lr=1e-4"
+        )
     *parents, last = key.strip().split(".")
-    table = values
+    changed = copy.deepcopy(dict(values))
+    table: dict[str, Any] = changed
     for part in parents:
         inner = table.setdefault(part, {})
         if isinstance(inner, str):  # model = "x", then model.dtype=...
@@ -178,6 +186,7 @@ def _override(values: dict[str, Any], text: str) -> None:
     if last == "name" and len(parents) == 1 and parents[0] in ("algorithm", "adapter") and table.get("name") != value:
         table.clear()
     table[last] = value
+    return changed
 
 
 def _value(raw: str) -> Any:
@@ -228,5 +237,3 @@ def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat.update(_flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value})
     return flat
-
-

@@ -1,4 +1,5 @@
-"""The few exceptions that a user meets. Each message has three parts: what was given, why it cannot work, what to write."""
+"""The few exceptions that a user meets. Each message has three parts: what was given, why it cannot work, what to
+write."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ def _multiplied(config: Any) -> Head:
     return lambda logits: logits * config.logit_scale
 
 
-# What a family does to its logits behind the vocabulary matrix, by the model_type of its config. A contract test compares
-# each with the family's own `model(...).logits`.
+# What a family does to its logits behind the vocabulary matrix, by the model_type of its config. A contract test
+# compares each with the family's own `model(...).logits`.
 POST_HEAD: dict[str, Callable[[Any], Head]] = {
     "qwen2": _plain,
     "qwen3": _plain,
@@ -61,8 +61,8 @@ def selected_logprobs(
 ) -> Float[Tensor, " N"]:
     """log-softmax(logits / temperature) at the targets, in fp32, in tiles of rows.
 
-    `logits_of` maps hidden rows [n, H] to logits [n, V]. With gradient, tiles are recomputed in the backward pass, unless
-    all of them together are small.
+    `logits_of` maps hidden rows [n, H] to logits [n, V]. With gradient, tiles are recomputed in the backward pass,
+    unless all of them together are small.
     """
     if hidden.shape[0] == 0:
         return hidden.new_zeros(0, dtype=torch.float32)

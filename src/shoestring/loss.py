@@ -1,4 +1,5 @@
-"""The objective over selected tokens: clipped surrogate, KL to the reference, L2 on the adapter. Plain weighted sums."""
+"""The objective over selected tokens: clipped surrogate, KL to the reference, L2 on the adapter. Plain weighted
+sums."""
 
 from __future__ import annotations
 

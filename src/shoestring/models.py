@@ -116,20 +116,24 @@ def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f'model is "{settings.name}"', f"it could not be loaded ({first})", "give a model that transformers can load"
+            f'model is "{settings.name}"',
+            f"it could not be loaded ({first})",
+            "give a model that transformers can load",
         ) from error
     if source.gguf_file:
         model = _plain_copy(model)
-    return model.to(device).eval(), tokenizer, source
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval(), tokenizer, source
 
 
 def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model from GGUF is dequantised but still counts as quantised, and refuses to be cast and saved; its copy does not."""
+    """A model from GGUF is dequantised but still counts as quantised, and refuses to be cast and saved; its copy does
+    not."""
     from transformers import AutoModelForCausalLM
 
     config = model.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config

@@ -1,4 +1,5 @@
-"""The optimizer, its schedule, and one update: micro-batches in, one applied step out, or none if a number is not finite."""
+"""The optimizer, its schedule, and one update: micro-batches in, one applied step out, or none if a number is not
+finite."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings)
 
 
 def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
-    """The rate of a step, counted from 0: a pure function of it, so that a resumed run needs no memory of a schedule."""
+    """The rate of a step, counted from 0: a pure function of it, so that a resumed run needs no memory of a
+    schedule."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(steps - settings.warmup_steps, 1)
@@ -70,17 +72,15 @@ def update(
 ) -> UpdateReport:
     """`objective.updates` optimizer steps over the same micro-batches.
 
-    The ratio is taken to the policy at the first of them, whose log-probs are its own detached, so no extra pass is needed.
-    A step whose gradient is not finite is never applied, and neither are those after it.
+    The ratio is taken to the policy at the first of them, whose log-probs are its own detached, so no extra pass is
+    needed. A step whose gradient is not finite is never applied, and neither are those after it.
     """
     parameters = list(policy.trained().values())
     old: list[Tensor | None] = [None] * len(batches)
     tokens = max(sum(len(batch.row) for batch in batches), 1)
     report = UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False)
     for number in range(objective.updates):
-        sums = [
-            _backward(policy, batches, i, old, objective, temperature, checkpointing) for i in range(len(batches))
-        ]
+        sums = [_backward(policy, batches, i, old, objective, temperature, checkpointing) for i in range(len(batches))]
         loss, kl, clipped, gap = (sum(column) for column in zip(*sums, strict=True))
         unscale(parameters, _scale(policy))
         if objective.l2:
@@ -109,7 +109,8 @@ def _backward(
     temperature: float,
     checkpointing: bool,
 ) -> tuple[float, float, float, float]:
-    """One micro-batch forward and backward; fills `old[index]` the first time. Loss, KL, clipped tokens, sampler gap."""
+    """One micro-batch forward and backward; fills `old[index]` the first time. Loss, KL, clipped tokens, sampler
+    gap."""
     batch = to_device(batches[index], policy.device)
     reference = None
     if objective.beta:
@@ -117,8 +118,9 @@ def _backward(
             reference = policy.logprobs(batch, temperature)
     with policy.checkpointing(checkpointing):
         logprob = policy.logprobs(batch, temperature)
-        before = old[index] if old[index] is not None else logprob.detach()
-        old[index] = before
+        before = old[index]
+        if before is None:
+            before = old[index] = logprob.detach()
         found = objective_loss(logprob, before, reference, batch, objective)
         (found.loss * _scale(policy)).backward()
     gap = (logprob.detach() - batch.sampler_logprob).abs().sum()

@@ -1,4 +1,5 @@
-"""The policy: one copy of the base model's weights with an adapter in it, which samples, trains and is its own reference."""
+"""The policy: one copy of the base model's weights with an adapter in it, which samples, trains and is its own
+reference."""
 
 from __future__ import annotations
 
@@ -35,7 +36,11 @@ class Policy:
     """
 
     def __init__(
-        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapted: nn.Module | None = None, name: str = ""
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        adapted: nn.Module | None = None,
+        name: str = "",
     ):
         self.base = base
         self.tokenizer = tokenizer
@@ -57,6 +62,12 @@ class Policy:
     @property
     def device(self) -> torch.device:
         return self.base.device
+
+    @property
+    def end_id(self) -> int:
+        """The token that closes a chat turn: the one to teach as the end of an answer."""
+        own = self.tokenizer.eos_token_id
+        return own if own is not None else self.eos_ids[0]  # type: ignore[return-value]
 
     @property
     def vocab_size(self) -> int:
@@ -87,7 +98,8 @@ class Policy:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)  # type: ignore[return-value]
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> Tensor:
-        """Log-probs of the batch's targets at their places, [N] in fp32. Only those places meet the vocabulary matrix."""
+        """Log-probs of the batch's targets at their places, [N] in fp32. Only those places meet the vocabulary
+        matrix."""
         if self._post is None:
             logits = self.base(input_ids=batch.input_ids, use_cache=False).logits
             return gathered_logprobs(logits[batch.row, batch.col], batch.target, temperature)
@@ -107,9 +119,7 @@ class Policy:
     def decode_step(self, input_ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
         """Logits, [B, V], behind one more token a row, [B, 1]; `mask`, [B, S], says which cache slots are real."""
         extra = {"position_ids": positions} if self.takes_positions else {}
-        output = self.base(
-            input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra
-        )
+        output = self.base(input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
         return output.logits[:, -1]
 
     def _logits_of(self, hidden: Tensor) -> Tensor:

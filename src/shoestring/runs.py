@@ -12,6 +12,8 @@ from typing import Any
 from shoestring import config as configs
 from shoestring.config import RunConfig
 from shoestring.errors import ConfigError, DataError
+from shoestring.models import ModelSettings
+from shoestring.settings import build
 
 # What a resumed run may change: how long it is and how it is carried out, not what it computes.
 _MAY_CHANGE = ("steps", "save_every", "out", "execution.")
@@ -24,9 +26,12 @@ def open_run(
     resume: str | Path | None,
     own_rewards: bool = False,
 ) -> tuple[Path, RunConfig]:
-    """The folder and the settled config of a new run or of one to go on with; config.toml lies in the folder after it."""
+    """The folder and the settled config of a new run or of one to go on with; config.toml lies in the folder after
+    it."""
     if resume is not None:
-        return _resumed(Path(resume), config)
+        settled = resumed_config(Path(resume), config)
+        write_config(Path(resume), settled)
+        return Path(resume), settled
     if data is not None:
         values = config.model_dump(exclude_none=True) if isinstance(config, RunConfig) else _values(config)
         folder = _new_folder(values.get("out"), "file", _algorithm_name(values))
@@ -82,7 +87,9 @@ def _write_data(
     try:
         lines = [json.dumps(dict(row), ensure_ascii=False) + "\n" for row in data]
     except TypeError as error:
-        raise DataError("data holds a row that is not plain", f"it cannot be kept as JSON ({error})", "use text and numbers")
+        raise DataError(
+            "data holds a row that is not plain", f"it cannot be kept as JSON ({error})", "use text and numbers"
+        ) from None
     if not lines:
         raise DataError("data is empty", "there is nothing to train on", "give at least one row with a prompt")
     path.write_text("".join(lines), encoding="utf-8")
@@ -92,13 +99,14 @@ def _write_data(
     return {**settings, "name": f"file:{path.parent}"}
 
 
-def _resumed(folder: Path, config: RunConfig | Mapping[str, Any] | str | Path | None) -> tuple[Path, RunConfig]:
+def resumed_config(folder: Path, config: RunConfig | Mapping[str, Any] | str | Path | None) -> RunConfig:
+    """The config with which a run goes on: its own, with what may change changed. Raises `ConfigError` for the rest."""
     path = folder / "config.toml"
     if not path.is_file():
         raise ConfigError(f"the run to resume is {folder}", "it holds no config.toml", "give the folder of a run")
     saved = configs.load(path)
     if config is None:
-        return folder, saved
+        return saved
     asked = config if isinstance(config, RunConfig) else configs.settle(_over(saved, _values(config)))
     changed = [key for key in configs.differences(saved, asked) if not key.startswith(_MAY_CHANGE)]
     if asked.steps != saved.steps and saved.optim.schedule != "constant":
@@ -109,9 +117,7 @@ def _resumed(folder: Path, config: RunConfig | Mapping[str, Any] | str | Path | 
             "what it computes would be neither the old run nor a new one",
             "resume without these changes, or start a new run",
         )
-    settled = asked.model_copy(update={"out": saved.out})
-    write_config(folder, settled)
-    return folder, settled
+    return asked.model_copy(update={"out": saved.out})
 
 
 def _over(saved: RunConfig, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,6 +129,16 @@ def _over(saved: RunConfig, values: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def model_settings(name: str) -> ModelSettings:
+    """The model settings behind a run's folder (its own dtype and the like), or those of a bare model name."""
+    path = Path(name) / "config.toml"
+    if not path.is_file():
+        return ModelSettings(name=name)
+    values = configs.read(path).get("model", {})
+    own = values if isinstance(values, dict) else {"name": values}
+    return build(ModelSettings, {**own, "name": name}, "model")
+
+
 def write_config(folder: Path, config: RunConfig) -> None:
     draft = folder / ".draft-config.toml"
     draft.write_text(configs.dump(config), encoding="utf-8")
@@ -130,7 +146,8 @@ def write_config(folder: Path, config: RunConfig) -> None:
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Fills a temporary folder by `write` and puts it in the target's place, so that no half-written one is ever seen."""
+    """Fills a temporary folder by `write` and puts it in the target's place, so that no half-written one is ever
+    seen."""
     draft, old = target.with_name(f".draft-{target.name}"), target.with_name(f".old-{target.name}")
     for path in (draft, old):
         shutil.rmtree(path, ignore_errors=True)

@@ -24,7 +24,9 @@ def pick(table: dict[str, type[Any]], kind: str, value: Any) -> Any:
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise ConfigError(f"[{kind}] is {value!r}", "it does not say which one", f'write name = "..."; {nearest("", table)}')
+        raise ConfigError(
+            f"[{kind}] is {value!r}", "it does not say which one", f'write name = "..."; {nearest("", table)}'
+        )
     key = value["name"].split(":")[0]
     if key not in table:
         raise ConfigError(f'{kind}.name is "{value["name"]}"', f"there is no such {kind}", nearest(key, table))

@@ -1,6 +1,7 @@
 """The records, in the order in which they are made. Data moves one way: a later stage makes a new record.
 
-Letters: P prompts in a step, G completions of a prompt, T tokens of a completion, N selected tokens, BxL a padded batch.
+Letters: P prompts in a step, G completions of a prompt, T tokens of a completion, N selected tokens, BxL a padded
+batch.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Problem:
 class Prompt:
     """What the model is given: token ids up to where its answer starts, and from there a forced prefix if there is one.
 
-    Without a prefix `answer_start == len(token_ids)`; with one, `token_ids[answer_start:]` is the prefix. It is part of the
-    answer's text, and never trained.
+    Without a prefix `answer_start == len(token_ids)`; with one, `token_ids[answer_start:]` is the prefix. It is part
+    of the answer's text, and never trained.
 
     >>> Prompt(Problem("1", "2*3=", "6"), token_ids=(5, 8, 6, 9, 1, 1), answer_start=4).prefix
     (1, 1)
@@ -83,14 +84,14 @@ class Group:
 class Credit:
     """Which tokens of a group train, how hard, and their share of the average. All fields are [N].
 
-    `row` is the completion's place in the group, `col` the token's place in the completion (both int64). `advantage` says
-    which way and how hard; `weight` holds the algorithm's own average over the group, so that the loss is a plain sum.
-    They stay apart because clipping looks at the advantage's sign. `kl_weight` (None: the same as `weight`) is the token's
-    share of the KL term.
+    `row` is the completion's place in the group, `col` the token's place in the completion (both int64). `advantage`
+    says which way and how hard; `weight` holds the algorithm's own average over the group, so that the loss is a plain
+    sum. They stay apart because clipping looks at the advantage's sign. `kl_weight` (None: the same as `weight`) is
+    the token's share of the KL term.
 
     Completions `abc`, `abd`, `ae` with rewards 1, 0, 1 hold eight tokens but five distinct (prefix, token) pairs, so
-    T-SPMO gives ab -1/6 (row 0, col 1), abc +1/2 (row 0, col 2), abd -1/2 (row 1, col 2), ae +1/3 (row 2, col 1), each with
-    weight 1/5; `a` follows from the prompt in every completion, has advantage 0 and is left out.
+    T-SPMO gives ab -1/6 (row 0, col 1), abc +1/2 (row 0, col 2), abd -1/2 (row 1, col 2), ae +1/3 (row 2, col 1), each
+    with weight 1/5; `a` follows from the prompt in every completion, has advantage 0 and is left out.
     """
 
     row: Tensor

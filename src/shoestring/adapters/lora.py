@@ -22,8 +22,8 @@ class LoRA(Settings):
     """
 
     name: Literal["lora"] = "lora"
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
     modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Which linear layers inside the decoder layers, by the end of their name, such as ["q_proj", "v_proj"]."""
     layers: Literal["all", "last-third"] | int | tuple[int, ...] = "all"
@@ -40,7 +40,9 @@ class LoRA(Settings):
         for module in modules:
             if module not in names:
                 raise ConfigError(
-                    f'adapter.modules holds "{module}"', "no layer has a linear module of that name", nearest(module, names)
+                    f'adapter.modules holds "{module}"',
+                    "no layer has a linear module of that name",
+                    nearest(module, names),
                 )
         config = LoraConfig(
             task_type="CAUSAL_LM",

@@ -33,8 +33,8 @@ class Replay(NamedTuple):
 class Algorithm(Protocol):
     """Turns a group's scores into credit for single tokens. A frozen settings object.
 
-    The loop knows nothing else of an algorithm: the credit's `weight` holds the average over the group, and `normalise` says
-    whether the step divides by its groups or by its selected tokens.
+    The loop knows nothing else of an algorithm: the credit's `weight` holds the average over the group, and
+    `normalise` says whether the step divides by its groups or by its selected tokens.
     """
 
     name: str

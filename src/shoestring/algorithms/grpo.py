@@ -28,10 +28,10 @@ class GRPO(Settings):
 
     name: Literal["grpo"] = "grpo"
     advantage: Literal["standardised", "centred"] = "standardised"
-    eps: float = Field(1e-6, gt=0)
+    eps: float = Field(default=1e-6, gt=0)
     """Added to the sample deviation."""
     loss_agg: Aggregation = "seq_mean_token_mean"
-    norm_length: int | None = Field(None, ge=1)
+    norm_length: int | None = Field(default=None, ge=1)
     """The constant length that `token_sum_norm` divides by; usually the limit on new tokens."""
     mask_truncated: bool = False
     """Leave completions that were cut off out of the loss (their rewards still count in the group's mean)."""

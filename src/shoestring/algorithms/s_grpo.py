@@ -21,19 +21,19 @@ class SGRPO(Settings):
                               with probability p   if t >= alpha and fewer than k are selected before it
 
     The average is over the selected tokens of each completion, then over completions. Only the selected tokens meet the
-    vocabulary matrix, and nothing behind the last of them is run. The paper's alpha, k and p are not known; the defaults are
-    ours. With `alpha` at least as long as the completions this is GRPO.
+    vocabulary matrix, and nothing behind the last of them is run. The paper's alpha, k and p are not known; the
+    defaults are ours. With `alpha` at least as long as the completions this is GRPO.
     """
 
     name: Literal["s-grpo"] = "s-grpo"
-    alpha: int = Field(32, ge=0)
+    alpha: int = Field(default=32, ge=0)
     """Number of tokens that are always selected."""
-    k: int = Field(64, ge=1)
+    k: int = Field(default=64, ge=1)
     """Limit on the number of selected tokens, the first `alpha` included."""
-    p: float = Field(0.5, ge=0, le=1)
+    p: float = Field(default=0.5, ge=0, le=1)
     """Probability of each further token."""
     advantage: Literal["standardised", "centred"] = "standardised"
-    eps: float = Field(1e-6, gt=0)
+    eps: float = Field(default=1e-6, gt=0)
     kl_scope: Literal["selected", "all"] = "selected"
     """Which tokens the KL term averages over. "all" runs and reads every token, and gives the savings away."""
     mask_truncated: bool = False

@@ -1,4 +1,5 @@
-"""T-SPMO, token-specific prefix matching optimisation (arXiv 2504.20834): credit for the tokens at which completions part."""
+"""T-SPMO, token-specific prefix matching optimisation (arXiv 2504.20834): credit for the tokens at which completions
+part."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ class TSPMO(Settings):
         A(v|p) = E[R | p followed by v] - E[R | p]         means over the completions that start so
         Loss   = -(1/|U|) sum over pairs of  rho A(v|p)  +  l2 ||adapter||^2
 
-    Behind the last place where a completion shares its prefix with another, A is 0; so few tokens train, and early ones.
-    There is no KL term. `u_count` says what |U| counts: "all" distinct pairs, or those at which completions part
+    Behind the last place where a completion shares its prefix with another, A is 0; so few tokens train, and early
+    ones. There is no KL term. `u_count` says what |U| counts: "all" distinct pairs, or those at which completions part
     ("branching"); the second makes the policy's part larger against `objective.l2`.
 
     Replay reaches later tokens: an earlier completion of a group with signal is cut somewhere, and new completions of
@@ -39,9 +40,9 @@ class TSPMO(Settings):
     u_count: Literal["all", "branching"] = "all"
     replay_from: Literal["none", "success", "failure", "both"] = "none"
     """Which completions give prefixes: the best of their group, the worst, or one of each."""
-    replay_fraction: float = Field(0.5, gt=0, le=1)
+    replay_fraction: float = Field(default=0.5, gt=0, le=1)
     """The largest share of a step's prompts that may be replayed prefixes."""
-    replay_completions: int | None = Field(None, ge=2)
+    replay_completions: int | None = Field(default=None, ge=2)
     """Completions of a replayed prefix; None takes sampling.num_completions."""
     replay_cut: Literal["uniform", "half"] = "uniform"
     """Where a completion is cut: anywhere with equal chance, or in its middle."""
@@ -71,7 +72,8 @@ class TSPMO(Settings):
 def distinct_pairs(group: Group) -> list[Pair]:
     """The group's distinct pairs in the order of their first appearance, from one walk over a trie of the completions.
 
-    A node is the list [completions through it, sum of their rewards]; its number stands for the prefix that leads to it.
+    A node is the list [completions through it, sum of their rewards]; its number stands for the prefix that leads to
+    it.
     """
     values = [score.value for score in group.scores]
     nodes: list[list[float]] = [[len(values), sum(values)]]

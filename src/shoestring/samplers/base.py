@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 class Sampling(Settings):
     """How completions are drawn. Temperature 0 is greedy decoding; top_k 0, top_p 1 and min_p 0 filter nothing."""
 
-    num_prompts: int = Field(16, ge=1)
+    num_prompts: int = Field(default=16, ge=1)
     """Prompts in a step."""
-    num_completions: int = Field(8, ge=1)
+    num_completions: int = Field(default=8, ge=1)
     """Completions of each prompt."""
-    max_new_tokens: int = Field(128, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
     """Limit on the tokens of an answer, a forced prefix and the end token included."""
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    min_p: float = Field(0.0, ge=0, lt=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0, lt=1)
 
 
 class Engine(Protocol):
@@ -83,7 +83,8 @@ def draw(
 
 
 def filtered(probs: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
-    """Probabilities with what top-k, top-p and min-p shut out at 0 (not renormalised). The likeliest token always stays."""
+    """Probabilities with what top-k, top-p and min-p shut out at 0 (not renormalised). The likeliest token always
+    stays."""
     vocab_size = probs.shape[-1]
     if 0 < sampling.top_k < vocab_size:
         probs = probs.where(probs >= probs.topk(sampling.top_k).values[:, -1:], 0)

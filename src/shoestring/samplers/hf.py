@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -21,8 +21,9 @@ class HfSampler(Settings):
     """Samples with the very weights that are trained; works for any causal model of transformers."""
 
     name: Literal["hf"] = "hf"
-    max_rows: int | None = Field(None, ge=1)
-    """Completions sampled at once (a wave); None takes all of a step. Smaller waves need less memory, and draw the same."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Completions sampled at once (a wave); None takes all of a step. Smaller waves need less memory, and draw the
+    same."""
 
     def open(self, policy: Policy) -> HfEngine:
         return HfEngine(policy, self.max_rows)
@@ -48,7 +49,8 @@ class HfEngine:
         return [tuple(found[p, g] for g in range(num)) for p in range(len(prompts))]
 
     def _waves(self, prompts: Sequence[Prompt], places: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-        """One wave, or, for models whose cache is more than keys and values, one a prompt length (no padding at all)."""
+        """One wave, or, for models whose cache is more than keys and values, one a prompt length (no padding at
+        all)."""
         if _plain_attention(self._policy):
             return [places]
         lengths = sorted({len(prompts[p].token_ids) for p, _ in places})
@@ -73,8 +75,8 @@ class HfEngine:
             num_going = int(going.sum())
             if num_going == 0:
                 break
-            # Ended rows are carried along until a quarter of the batch has ended, since leaving copies the cache. What they
-            # go on to draw is cut off by `ended` below.
+            # Ended rows are carried along until a quarter of the batch has ended, since leaving copies the cache. What
+            # they go on to draw is cut off by `ended` below.
             if num_going <= 0.75 * len(active):
                 kept = going.nonzero().flatten()
                 active, token, position = active[kept], token[kept], position[kept]
@@ -110,7 +112,7 @@ class HfEngine:
             return logits[row], cache, None, lengths
         slot = torch.arange(ids.shape[1], device=policy.device)
         source = (slot - padding[:, None]) % ids.shape[1]
-        for layer in cache.layers:
+        for layer in cast(Any, cache).layers:
             layer.keys, layer.values = (
                 states.gather(2, source[:, None, :, None].expand_as(states)) for states in (layer.keys, layer.values)
             )
@@ -118,7 +120,8 @@ class HfEngine:
 
 
 def _plain_attention(policy: Policy) -> bool:
-    """Whether every layer's state is keys and values by position (not so for state-space and other recurrent layers)."""
+    """Whether every layer's state is keys and values by position (not so for state-space and other recurrent
+    layers)."""
     config = policy.base.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return kinds <= {"full_attention", "sliding_attention"} and not getattr(policy.base, "_is_stateful", False)
@@ -129,7 +132,9 @@ def _completions(
 ) -> list[Completion]:
     """Cuts each row at its first end token or at its limit."""
     made = []
-    for ids, values, count, most in zip(tokens.tolist(), logprobs.tolist(), length.tolist(), limit.tolist(), strict=True):
+    for ids, values, count, most in zip(
+        tokens.tolist(), logprobs.tolist(), length.tolist(), limit.tolist(), strict=True
+    ):
         ids = ids[: min(count, most)]
         ended = next((t for t, token in enumerate(ids) if token in eos_ids), None)
         keep = len(ids) if ended is None else ended + 1

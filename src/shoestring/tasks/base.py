@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
+from pydantic import Field
+
 from shoestring.errors import ConfigError
 from shoestring.settings import Settings
 from shoestring.types import Problem, Score
@@ -54,7 +56,7 @@ class Asking(Settings):
     """The system message, if any."""
     format: Literal["chat", "plain"] = "chat"
     """"chat" goes through the tokenizer's chat template; "plain" is the bare text, for base models without one."""
-    chat: dict[str, Any] = {}
+    chat: dict[str, Any] = Field(default_factory=dict)
     """Further options for the tokenizer's chat template, such as enable_thinking = false."""
 
     def model_post_init(self, context: Any) -> None:

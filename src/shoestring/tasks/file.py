@@ -18,8 +18,8 @@ from shoestring.types import Problem, Score
 class File(Checked):
     """Rows of a JSONL, CSV or Parquet file, or of a folder with train, validation and test files.
 
-    A file named for a split is that split; the rows of any other are parted by a hash of their question, 90/5/5. A `prompt`
-    may be text or a list of chat messages; further columns reach the user's reward functions.
+    A file named for a split is that split; the rows of any other are parted by a hash of their question, 90/5/5. A
+    `prompt` may be text or a list of chat messages; further columns reach the user's reward functions.
     """
 
     name: str
@@ -44,7 +44,9 @@ class File(Checked):
         elif how == "held back":
             problems = hold_back(problems, self.validation, split)
         if not problems:
-            raise DataError(f'task.name is "{self.name}"', f'its split "{split}" is empty', "give more rows or a file for it")
+            raise DataError(
+                f'task.name is "{self.name}"', f'its split "{split}" is empty', "give more rows or a file for it"
+            )
         return problems
 
     def _rows(self, source: str, split: str) -> tuple[Sequence[Row], Literal["all", "hash", "held back"]]:
@@ -71,7 +73,9 @@ class File(Checked):
         question = row.get("prompt", row.get("question"))
         if not question:
             columns = ", ".join(map(str, row))
-            raise DataError(f"{where} has the columns {columns}", "none of them asks", 'name one "prompt" or "question"')
+            raise DataError(
+                f"{where} has the columns {columns}", "none of them asks", 'name one "prompt" or "question"'
+            )
         meta: dict[str, Any] = {"columns": {k: v for k, v in row.items() if k not in ("prompt", "question", "answer")}}
         if not isinstance(question, str):
             meta["messages"] = _messages(question, where)
@@ -118,10 +122,16 @@ class Hub(File):
 
 
 def _messages(value: Any, where: str) -> Messages:
-    if isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    ):
         return [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
     raise DataError(
-        f"{where} has the prompt {value!r}", "it is neither text nor messages", 'write text or [{"role": ..., "content": ...}]'
+        f"{where} has the prompt {value!r}",
+        "it is neither text nor messages",
+        'write text or [{"role": ..., "content": ...}]',
     )
 
 

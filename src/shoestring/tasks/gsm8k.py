@@ -32,4 +32,6 @@ def _problem(row: Row, split: str, index: int) -> Problem:
     answer = row["answer"] if row.get("solution") else text.rpartition("####")[2].strip().replace(",", "")
     where = f"gsm8k {split} row {index}"
     meta = {"solution": _CALCULATOR_NOTE.sub("", text)}
-    return Problem(str(row.get("id") or f"gsm8k-{split}-{index:05d}"), row["question"], checked_answer(answer, where), meta)
+    return Problem(
+        str(row.get("id") or f"gsm8k-{split}-{index:05d}"), row["question"], checked_answer(answer, where), meta
+    )

@@ -72,9 +72,9 @@ class Gym(Asking):
     """The generator, after "gym:"."""
     seed: int = 0
     """Which problems are made. No seed moves a text to another split."""
-    num_train: int = Field(10_000, ge=1)
-    num_validation: int = Field(300, ge=1)
-    num_test: int = Field(300, ge=1)
+    num_train: int = Field(default=10_000, ge=1)
+    num_validation: int = Field(default=300, ge=1)
+    num_test: int = Field(default=300, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
     """The generator's own settings; what is not set keeps the generator's default."""
 

@@ -1,4 +1,5 @@
-"""Multi-digit multiplication, the second task of arXiv 2504.20834: problems without end, and none shared between splits."""
+"""Multi-digit multiplication, the second task of arXiv 2504.20834: problems without end, and none shared between
+splits."""
 
 from __future__ import annotations
 
@@ -19,9 +20,10 @@ _FEWEST_PAIRS = 1_000
 class Multiplication(Asking):
     """Products of two whole numbers of `digits[0]` and `digits[1]` digits.
 
-    A problem's split is a hash of its two factors in ascending order and of nothing else, about 90 % train, 5 % validation
-    and 5 % test; so 12*34 and 34*12 are never on two sides, whatever the seeds. Item i of a split is drawn by a hash of
-    (seed, split, i). "train" repeats itself as any random stream does; the problems of the other two are distinct.
+    A problem's split is a hash of its two factors in ascending order and of nothing else, about 90 % train, 5 %
+    validation and 5 % test; so 12*34 and 34*12 are never on two sides, whatever the seeds. Item i of a split is drawn
+    by a hash of (seed, split, i). "train" repeats itself as any random stream does; the problems of the other two are
+    distinct.
     """
 
     name: Literal["multiplication"] = "multiplication"
@@ -29,9 +31,9 @@ class Multiplication(Asking):
     """Digits of the first and of the second factor."""
     seed: int = 0
     """Which stream of problems is drawn. No seed moves a problem to another split."""
-    num_train: int = Field(100_000, ge=1)
+    num_train: int = Field(default=100_000, ge=1)
     """Length of the train split."""
-    num_held_out: int = Field(300, ge=1)
+    num_held_out: int = Field(default=300, ge=1)
     """Number of distinct problems in "validation" and in "test" (fewer where there are no more)."""
 
     @model_validator(mode="after")
@@ -54,7 +56,8 @@ class Multiplication(Asking):
         return _distinct(self, split)
 
     def draw(self, split: str, index: int) -> Problem:
-        """Item `index` of the endless stream of `split`: the first pair of its own random numbers that belongs there."""
+        """Item `index` of the endless stream of `split`: the first pair of its own random numbers that belongs
+        there."""
         random = Random(stable_hash("multiplication", self.digits, self.seed, split, index))
         low_a, low_b = (10 ** (width - 1) for width in self.digits)
         while True:
@@ -122,7 +125,8 @@ class _Stream(Sequence[Problem]):
 
 
 def _distinct(task: Multiplication, split: str) -> tuple[Problem, ...]:
-    """The first `num_held_out` distinct problems of the split's stream; it gives up when draws hardly bring new ones."""
+    """The first `num_held_out` distinct problems of the split's stream; it gives up when draws hardly bring new
+    ones."""
     found: dict[str, Problem] = {}
     index = 0
     while len(found) < task.num_held_out and index < 20 * task.num_held_out:

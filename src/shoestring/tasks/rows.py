@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 class Checked(Asking):
     """The settings and the scoring that all tasks with a reference answer from data share."""
 
-    validation: int = Field(0, ge=0)
+    validation: int = Field(default=0, ge=0)
     """Training problems held back as the split "validation" where the data have none of their own."""
 
     def score(self, problem: Problem, text: str) -> Score:
@@ -57,7 +57,8 @@ def hold_back(problems: Sequence[Problem], num: int, split: str) -> list[Problem
 def split_rows(name: str, data: str | None, split: str, hub: str, validation: int) -> tuple[Iterable[Row], bool]:
     """The rows behind a split of a named data set, and whether they are training rows that `hold_back` has to part.
 
-    From `data` or SHOESTRING_DATA (a folder of JSONL files, or one that holds it under the data set's name), else the hub.
+    From `data` or SHOESTRING_DATA (a folder of JSONL files, or one that holds it under the data set's name), else the
+    hub.
     """
     root = data or os.environ.get("SHOESTRING_DATA")
     part = "train" if split == "validation" else split
@@ -125,7 +126,10 @@ def hub_rows(name: str, split: str) -> Iterable[Row]:
     repo, _, subset = name.partition("@")
     try:
         return datasets.load_dataset(repo, subset or None, split=split)  # type: ignore[return-value]
-    except (OSError, ValueError) as error:  # datasets raises these for a wrong name, subset or split, and with no network
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # datasets raises these for a wrong name, subset or split, and with no network
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f'the data set is "{name}", split "{split}"',

@@ -1,11 +1,12 @@
-"""Makes the embedded default model: a byte-level Qwen2 of 0.8 M parameters that mostly guesses products, and can work them out.
+"""Makes the embedded default model: a byte-level Qwen2 of 0.8 M parameters that mostly guesses products, and can work
+them out.
 
     python -m shoestring.tiny.make OUT_FOLDER [MINUTES]
 
-Three of four training texts state the product at once, one works it out step by step; all come from the train split of the
-multiplication task. So, as in a real base model, the better way of answering is there and is not the usual one, and
-reinforcement learning has something to find. Everything is seeded; minutes, not steps, bound the run, so the weights differ
-from machine to machine.
+Three of four training texts state the product at once, one works it out step by step; all come from the train split of
+the multiplication task. So, as in a real base model, the better way of answering is there and is not the usual one,
+and reinforcement learning has something to find. Everything is seeded; minutes, not steps, bound the run, so the
+weights differ from machine to machine.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ BATCH = 256
 PEAK_LR = 2e-3
 
 
+def special(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
+    return int(tokenizer.convert_tokens_to_ids(name))  # type: ignore[arg-type]
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte (so one a digit), and five special ones."""
     vocab = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -48,6 +53,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
+    end, pad_id = special(tokenizer, "<|end|>"), special(tokenizer, "<|pad|>")
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -58,15 +64,17 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2ForCa
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end,
+        pad_token_id=pad_id,
     )
     model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad_id)
     return model
 
 
-def example(tokenizer: PreTrainedTokenizerFast, task: Multiplication, index: int, worked: bool) -> tuple[list[int], int]:
+def example(
+    tokenizer: PreTrainedTokenizerFast, task: Multiplication, index: int, worked: bool
+) -> tuple[list[int], int]:
     """Token ids of question and answer, and where the answer starts."""
     problem = task.draw("train", index)
     answer = task.solution(problem) if worked else f"#### {problem.answer}"
@@ -87,7 +95,7 @@ def pad(rows: list[tuple[list[int], int]], pad_id: int) -> tuple[Tensor, Tensor]
 
 def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seconds: float, device: str) -> None:
     """Plain next-token training for `seconds`, with a cosine schedule over them."""
-    task, random = Multiplication(), Random(0)
+    task, random, pad_id = Multiplication(), Random(0), special(tokenizer, "<|pad|>")
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
     num_worked = round(BATCH * WORKED_SHARE)
     started, step = time.monotonic(), 0
@@ -97,7 +105,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seconds: 
             group["lr"] = lr
         # Two forwards, so that the short guesses are not padded to the length of worked answers.
         parts = [
-            pad([example(tokenizer, task, random.getrandbits(40), worked) for _ in range(num)], tokenizer.pad_token_id)
+            pad([example(tokenizer, task, random.getrandbits(40), worked) for _ in range(num)], pad_id)
             for worked, num in ((True, num_worked), (False, BATCH - num_worked))
         ]
         count = sum(int((labels != -100).sum()) for _, labels in parts)
@@ -120,7 +128,8 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seconds: 
 def main(out: str, minutes: float = 15.0) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer).to(device)
+    model = build_model(tokenizer)
+    model.to(device)  # type: ignore[arg-type]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}")
     train(model, tokenizer, 60 * minutes, device)
     model.cpu().eval().save_pretrained(Path(out))

@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
-from shoestring import checkpoint, evaluate, replay, report, runs
+from shoestring import checkpoint, replay, report, runs
 from shoestring.batch import collate, has_signal
 from shoestring.checkpoint import State
 from shoestring.config import RunConfig
 from shoestring.errors import NonFiniteError
+from shoestring.evaluation import EvalSettings, evaluate
 from shoestring.optim import UpdateReport, build_optimizer, learning_rate, set_learning_rate, update
 from shoestring.policy import Policy, load_policy
 from shoestring.report import Reporter
-from shoestring.rewards import Rewards, RewardFunction, Row, Scored, TrainerState
+from shoestring.rewards import RewardFunction, Rewards, Row, Scored, TrainerState
 from shoestring.rollout import Rollout, encode, roll_out
 from shoestring.samplers.base import Engine
 from shoestring.tasks.base import stable_hash
@@ -61,8 +62,9 @@ def train(
     """Trains as `config` says (a config, a nested mapping, a recipe's path, or None for the embedded default).
 
     `rewards` are functions in TRL's form (or "task") that take the place of `[rewards] functions`. `data` are rows with
-    `prompt` (or `question`) and `answer`; they are written into the run's folder and take the place of the task. `resume` is
-    the folder of a run to go on with. Raises `ConfigError` and `DataError` before the model loads wherever that is possible.
+    `prompt` (or `question`) and `answer`; they are written into the run's folder and take the place of the task.
+    `resume` is the folder of a run to go on with. Raises `ConfigError` and `DataError` before the model loads wherever
+    that is possible.
     """
     rewards = tuple(rewards)
     folder, settled = runs.open_run(config, data=data, resume=resume, own_rewards=bool(rewards))
@@ -137,8 +139,8 @@ def _run(folder: Path, config: RunConfig, scorer: Rewards, *, quiet: bool) -> Ru
             if state.skipped_in_a_row == _MOST_SKIPPED:
                 checkpoint.save(folder, trained, optimizer, state)
                 raise NonFiniteError(
-                    f"{_MOST_SKIPPED} steps in a row (the last was {step}) had a loss or gradient that is not finite, and "
-                    f"none was applied; problems: {', '.join(result.culprits)}. A checkpoint is in {folder}."
+                    f"{_MOST_SKIPPED} steps in a row (the last was {step}) had a loss or gradient that is not finite, "
+                    f"and none was applied; problems: {', '.join(result.culprits)}. A checkpoint is in {folder}."
                 )
             if config.save_every and state.step % config.save_every == 0:
                 checkpoint.save(folder, trained, optimizer, state)
@@ -228,7 +230,9 @@ def _step_report(
         reward=_mean([score.value for score in scores]),
         reward_parts={name: _mean([s.parts[name] for s in scores if name in s.parts]) for name in names}
         | dict(scored.metrics),
-        solved=_mean([float(score.parts.get("solved", score.parts.get("correct", score.value)) >= 1) for score in scores]),
+        solved=_mean(
+            [float(score.parts.get("solved", score.parts.get("correct", score.value)) >= 1) for score in scores]
+        ),
         groups=len(groups),
         groups_with_signal=sum(has_signal(credit) for credit in credits),
         tokens_sampled=sum(len(c.token_ids) for c in completions),
@@ -251,9 +255,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _warn(
-    reporter: Reporter, step: int, groups: Sequence[Group], scored: Scored, result: UpdateReport
-) -> None:
+def _warn(reporter: Reporter, step: int, groups: Sequence[Group], scored: Scored, result: UpdateReport) -> None:
     """What a user should not have to find out by reading metrics."""
     if result.culprits:
         reporter.say(
@@ -262,9 +264,9 @@ def _warn(
         )
     if step == 0 and all(score.value == 0 for score in scored.scores):
         reporter.say(
-            f"WARNING: all {len(scored.scores)} completions of the first step scored 0, so nothing could be learnt from it. "
-            "Look at samples.jsonl: is the answer there, and does the scorer find it? A model too weak to earn any reward "
-            "needs a warm start (shoestring sft) or easier problems."
+            f"WARNING: all {len(scored.scores)} completions of the first step scored 0, so nothing could be learnt "
+            "from it. Look at samples.jsonl: is the answer there, and does the scorer find it? A model too weak to "
+            "earn any reward needs a warm start (shoestring sft) or easier problems."
         )
     cut = [c.stop == "length" for group in groups for c in group.completions]
     if step == 0 and sum(cut) > 0.5 * len(cut):
@@ -277,10 +279,10 @@ def _evaluate(
     folder: Path, config: RunConfig, policy: Policy, engine: Engine, state: State, reporter: Reporter
 ) -> None:
     """Greedy accuracy on the run's own evaluation problems; keeps the best adapter if the config says so."""
-    settings = evaluate.Settings(
+    settings = EvalSettings(
         split=config.evaluation.split, num=config.evaluation.num, max_new_tokens=config.sampling.max_new_tokens
     )
-    found = evaluate.evaluate(policy, engine, config.task, settings)
+    found = evaluate(policy, engine, config.task, settings)
     best = found.accuracy > state.best_accuracy
     if best:
         state.best_accuracy, state.best_step = found.accuracy, state.step

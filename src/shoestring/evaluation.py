@@ -24,8 +24,9 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What an evaluation does. `ks` are the k of pass@k and maj@k; `samples` completions of each problem (None: max k)."""
+class EvalSettings:
+    """What an evaluation does. `ks` are the k of pass@k and maj@k; `samples` completions of each problem (None: max
+    k)."""
 
     split: str = "test"
     num: int | None = None
@@ -49,7 +50,9 @@ class Settings:
 
     def check(self) -> None:
         if not self.ks or min(self.ks) < 1:
-            raise ConfigError(f"k is {list(self.ks)}", "pass@k needs at least one completion", "use 1 or more, as in 1,4,16")
+            raise ConfigError(
+                f"k is {list(self.ks)}", "pass@k needs at least one completion", "use 1 or more, as in 1,4,16"
+            )
         if self.num_samples < max(self.ks):
             raise ConfigError(
                 f"samples is {self.samples} and the largest k {max(self.ks)}",
@@ -107,7 +110,7 @@ def evaluate(
     policy: Policy,
     engine: Engine,
     task: Task,
-    settings: Settings,
+    settings: EvalSettings,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Samples every problem of the split (or its first `num`) and scores the texts with the task itself."""
@@ -128,14 +131,14 @@ def evaluate(
     return summarise(task, problems, rollouts, settings)
 
 
-def summarise(task: Task, problems: Sequence[Problem], rollouts: Sequence[Rollout], settings: Settings) -> Evaluation:
+def summarise(
+    task: Task, problems: Sequence[Problem], rollouts: Sequence[Rollout], settings: EvalSettings
+) -> Evaluation:
     solved = [[is_solved(task, p, text) for text in r.texts] for p, r in zip(problems, rollouts, strict=True)]
     counts = [sum(row) for row in solved]
     samples = settings.num_samples
     accuracy = sum(counts) / (len(counts) * samples)
-    low, high = (
-        wilson(sum(counts), len(counts)) if samples == 1 else bootstrap([count / samples for count in counts])
-    )
+    low, high = wilson(sum(counts), len(counts)) if samples == 1 else bootstrap([count / samples for count in counts])
     votes = [[task.vote(text) for text in rollout.texts] for rollout in rollouts]
     passes = {k: [pass_at_k(samples, count, k) for count in counts] for k in settings.ks}
     majorities = {k: [majority(v, s, k) for v, s in zip(votes, solved, strict=True)] for k in settings.ks}
@@ -164,7 +167,8 @@ def is_solved(task: Task, problem: Problem, text: str) -> bool:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n completions, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374).
+    """The chance that k of n completions, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k) (arXiv
+    2107.03374).
 
     >>> round(pass_at_k(4, 1, 2), 6)
     0.5

@@ -1,0 +1,305 @@
+"""The command line: parses, calls, prints. Heavy imports happen inside the commands, so that help and mistakes are
+quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shoestring.errors import ConfigError, NonFiniteError, ShoestringError
+
+if TYPE_CHECKING:
+    from shoestring.evaluation import EvalSettings
+    from shoestring.models import ModelSettings
+    from shoestring.policy import Policy
+    from shoestring.tasks.base import Task
+
+app = typer.Typer(
+    help="Reinforcement learning of LLM reasoning on one memory-constrained GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="A TOML recipe (or none), then KEY=VALUE overrides.")]
+Target = Annotated[list[str] | None, typer.Argument(help="A run's folder or a model, then KEY=VALUE task settings.")]
+
+
+@app.command()
+def train(
+    arguments: Overrides = None,
+    resume: Annotated[str | None, typer.Option(help="The folder of a run to go on with.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and exit.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")] = False,
+) -> None:
+    """Train a model: [RECIPE] [KEY=VALUE ...]. Without a recipe: the embedded default."""
+    from shoestring import config as configs
+
+    recipe, overrides = _split(arguments)
+    if dry_run:
+        values = configs.read(recipe, overrides)
+        print(configs.dump(_resolved(resume, values)), end="")
+        return
+    values = configs.read(recipe, overrides) if recipe or overrides or not resume else None
+    if not resume:
+        configs.settle(values or {})  # a mistake is reported before torch and transformers are loaded
+
+    from shoestring.loop import train as run_training
+
+    run = run_training(values, resume=resume, quiet=quiet)
+    if run.stopped_by:
+        raise SystemExit(128 + run.stopped_by)
+
+
+def _resolved(resume: str | None, values: dict[str, Any]) -> Any:
+    from shoestring import config as configs
+    from shoestring import runs
+
+    return runs.resumed_config(Path(resume), values or None) if resume else configs.settle(values)
+
+
+@app.command("eval")
+def evaluate(
+    arguments: Target = None,
+    task: Annotated[str | None, typer.Option(help="A task's name; default: the run's own.")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    num: Annotated[int | None, typer.Option(help="Problems, the first of the split; default: all.")] = None,
+    k: Annotated[str, typer.Option(help="The k of pass@k and maj@k, as in 1,4,16.")] = "1",
+    samples: Annotated[int | None, typer.Option(help="Completions of each problem; default: the largest k.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default: 0 (greedy) for k = 1, else 1.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Default: the run's, else 256.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    batch_rows: Annotated[int, typer.Option(help="Completions sampled at once.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    details: Annotated[
+        str | None, typer.Option(help="Write how often each problem was solved to this JSON file.")
+    ] = None,
+) -> None:
+    """Accuracy, pass@k and maj@k of a run or model, with 95 % intervals."""
+    from shoestring.evaluation import EvalSettings
+
+    target, overrides = _split(arguments)
+    settings = EvalSettings(split, num, _ints(k), samples, temperature, max_new_tokens or 256, 1.0, seed, batch_rows)
+    settings.check()
+    chosen, model, tokens = _target(target, task, overrides)
+    if max_new_tokens is None and tokens is not None:
+        settings = replace(settings, max_new_tokens=tokens)
+    chosen.problems(split)  # a wrong split or missing data is reported before the model loads
+    found = _evaluated(_policy(model), chosen, settings, show=not as_json)
+    values = {"model": model.name, **found.as_json()}
+    if details:
+        Path(details).write_text(json.dumps({**values, "outcomes": found.outcomes}, indent=1), encoding="utf-8")
+    if as_json:
+        print(json.dumps(values))
+    else:
+        _print_evaluation(values)
+
+
+@app.command()
+def sample(
+    arguments: Target = None,
+    task: Annotated[str | None, typer.Option(help="A task's name; default: the run's own.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="A text of your own instead of a task's problems.")] = None,
+    split: Annotated[str, typer.Option()] = "test",
+    num: Annotated[int, typer.Option(help="Problems.")] = 3,
+    completions: Annotated[int, typer.Option(help="Completions of each.")] = 2,
+    temperature: Annotated[float, typer.Option()] = 1.0,
+    max_new_tokens: Annotated[int | None, typer.Option()] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Print what a run or model answers."""
+    target, overrides = _split(arguments)
+    chosen, model, tokens = _target(target, task, overrides)
+
+    from shoestring.rollout import encode, roll_out
+    from shoestring.samplers import SAMPLERS, Sampling
+    from shoestring.types import Problem
+
+    sampling = Sampling(max_new_tokens=max_new_tokens or tokens or 256, temperature=temperature)
+    problems = chosen.problems(split) if prompt is None else [Problem("prompt", prompt, "")]
+    policy = _policy(model)
+    prompts, _ = encode(policy, chosen, [problems[i] for i in range(min(num, len(problems)))], sampling.max_new_tokens)
+    engine = SAMPLERS["hf"]().open(policy)
+    for rollout in roll_out(policy, engine, prompts, num=completions, sampling=sampling, seed=seed):
+        problem = rollout.prompt.problem
+        print(f"=== {problem.question}" + (f"   [{problem.answer}]" if problem.answer else ""))
+        for text, completion in zip(rollout.texts, rollout.completions, strict=True):
+            mark = "" if prompt is not None else f"  score {chosen.score(problem, text).value:g}"
+            print(f"--- {len(completion.token_ids)} tokens, stopped by {completion.stop}{mark}\n{text}")
+
+
+@app.command()
+def sft(
+    arguments: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and exit.")] = False,
+) -> None:
+    """A short supervised warm start on a task's worked solutions; writes an ordinary model folder."""
+    from shoestring import config as configs
+    from shoestring.settings import build
+    from shoestring.supervised import SftConfig
+    from shoestring.supervised import sft as run_sft
+
+    recipe, overrides = _split(arguments)
+    config = build(SftConfig, configs.read(recipe, overrides), "")
+    if dry_run:
+        print(configs.dump(config), end="")
+    else:
+        run_sft(config)
+
+
+@app.command()
+def merge(
+    run: Annotated[str, typer.Argument(help="A run's folder, or a PEFT adapter folder.")],
+    out: Annotated[str, typer.Argument(help="The model folder to write.")],
+) -> None:
+    """Write a run's model with the adapter added into its weights."""
+    from shoestring.supervised import merge as run_merge
+
+    print(f"model: {run_merge(run, out)}")
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str | None, typer.Argument(help="tasks, algorithms, adapters, samplers or gym.")] = None,
+) -> None:
+    """List what there is, from the tables themselves."""
+    from shoestring.adapters import ADAPTERS
+    from shoestring.algorithms import ALGORITHMS
+    from shoestring.errors import nearest
+    from shoestring.samplers import SAMPLERS
+    from shoestring.tasks import TASKS, gym
+
+    tables = {"tasks": TASKS, "algorithms": ALGORITHMS, "adapters": ADAPTERS, "samplers": SAMPLERS}
+    if kind == "gym":
+        print("\n".join(f"gym:{name}" for name in gym.available()))
+        print("\n".join(f"(left out: {name}: {reason})" for name, reason in gym.EXCLUDED.items()))
+        return
+    if kind is not None and kind not in tables:
+        raise ConfigError(f'the list is "{kind}"', "there is none of that name", nearest(kind, [*tables, "gym"]))
+    for name, table in tables.items():
+        if kind in (None, name):
+            print(f"{name}:")
+            for key, cls in table.items():
+                print(f"  {key:<16}{(cls.__doc__ or '').strip().splitlines()[0]}")
+
+
+@app.command()
+def env() -> None:
+    """Versions, for a bug report."""
+    from shoestring.environment import describe
+
+    for name, value in describe().items():
+        print(f"{name:<16}{value}")
+
+
+# --- shared by the commands -----------------------------------------------------------------------------------------
+
+
+def _split(arguments: list[str] | None) -> tuple[str | None, list[str]]:
+    """The first argument, if it is no KEY=VALUE, and the rest, which must be."""
+    given = list(arguments or [])
+    first = given.pop(0) if given and "=" not in given[0] else None
+    for argument in given:
+        if "=" not in argument:
+            raise ConfigError(f'an argument is "{argument}"', "it is no KEY=VALUE", "write one, such as optim.lr=1e-4")
+    return first, given
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f'k is "{text}"', "it is no list of whole numbers", "write one, such as 1,4,16") from None
+
+
+def _target(target: str | None, task: str | None, overrides: list[str]) -> tuple[Task, ModelSettings, int | None]:
+    """The task, the model and the limit on new tokens that a run's folder or a model name stand for."""
+    from shoestring import config as configs
+    from shoestring import models, runs
+    from shoestring.settings import pick
+    from shoestring.tasks import TASKS
+
+    model = runs.model_settings(target or models.TINY)
+    models.locate(model.name)
+    saved = configs.read(Path(target) / "config.toml") if target and (Path(target) / "config.toml").is_file() else {}
+    values = saved.get("task", {"name": "multiplication"})
+    values = dict(values) if isinstance(values, dict) else {"name": values}
+    if task is not None and task != values["name"]:
+        values = {"name": task}
+    elif task is None and not saved and target is not None:
+        raise ConfigError(
+            f'the model is "{target}"', "it is no run of ours, so it names no task", "add --task, as in --task svamp"
+        )
+    for override in overrides:
+        values = configs.overridden({"task": values}, override)["task"]
+    return pick(TASKS, "task", values), model, saved.get("sampling", {}).get("max_new_tokens")
+
+
+def _policy(model: ModelSettings) -> Policy:
+    from shoestring.policy import load_policy
+
+    return load_policy(model)
+
+
+def _evaluated(policy: Policy, task: Task, settings: EvalSettings, *, show: bool) -> Any:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from shoestring.evaluation import evaluate as run_evaluation
+    from shoestring.samplers import SAMPLERS
+
+    engine = SAMPLERS["hf"]().open(policy)
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not (show and console.is_terminal), transient=True) as bar:
+        job = bar.add_task("evaluating")
+        return run_evaluation(
+            policy, engine, task, settings, lambda done, total: bar.update(job, completed=done, total=total)
+        )
+
+
+def _print_evaluation(values: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    kind = "greedy" if values["temperature"] == 0 else f"temperature {values['temperature']:g}"
+    table = Table(
+        title=f"{values['model']} on {values['task']}, {values['split']}: {values['problems']} problems, {kind}"
+    )
+    for heading in ("figure", "value", "95 % interval"):
+        table.add_column(heading, justify="left" if heading == "figure" else "right")
+    table.add_row("accuracy", f"{values['accuracy']:.1%}", f"{values['low']:.1%} to {values['high']:.1%}")
+    for name in ("pass", "maj"):
+        for key, value in values[f"{name}_at_k"].items() if values["samples"] > 1 else ():
+            low, high = values[f"{name}_at_k_interval"][key]
+            table.add_row(f"{name}@{key}", f"{value:.1%}", f"{low:.1%} to {high:.1%}")
+    table.add_row("cut off", f"{values['truncated']:.1%}", "")
+    Console(soft_wrap=False).print(table)
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is printed without a traceback and exits with 2."""
+    try:
+        app(standalone_mode=False)
+    except ShoestringError as error:
+        _fail(f"{type(error).__name__}: {error}", 2)
+    except NonFiniteError as error:
+        _fail(str(error), 1)
+    except typer.Exit as stop:
+        raise SystemExit(stop.exit_code) from None
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            _fail(f"Error: {error.format_message()}", 2)  # type: ignore[attr-defined]
+        raise
+
+
+def _fail(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,40 @@
+"""What a run ran on, for bug reports and for result files."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+PACKAGES = ("shoestring", "torch", "transformers", "peft", "tokenizers", "safetensors", "pydantic", "math-verify")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter; "-" where one is missing."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "-"
+    return found
+
+
+def device_name() -> str:
+    """The GPU's name, else the processor's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        return f"{names[0]}, {torch.get_num_threads()} threads" if names else platform.processor()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def describe() -> dict[str, str]:
+    import torch
+
+    cuda = f"{torch.version.cuda}, {torch.cuda.device_count()} devices" if torch.cuda.is_available() else "none"
+    return {**versions(), "system": platform.platform(), "device": device_name(), "cuda": cuda}

@@ -1,0 +1,200 @@
+"""A short supervised warm start on a task's worked solutions, for models too weak to earn any reward."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+from rich.console import Console
+
+from shoestring import config as configs
+from shoestring import runs
+from shoestring.adapters import ADAPTERS
+from shoestring.batch import Row, cut_rows, pad_rows
+from shoestring.config import ExecutionSettings, OptimSettings, named_model
+from shoestring.errors import ConfigError, DataError
+from shoestring.models import ModelSettings
+from shoestring.optim import build_optimizer, clip_gradient, learning_rate, set_learning_rate
+from shoestring.policy import Policy, load_policy, to_device
+from shoestring.settings import Settings, build, pick
+from shoestring.tasks import TASKS
+from shoestring.types import Problem
+
+
+def _adapter(value: Any) -> Any:
+    return None if value in (None, "none", {"name": "none"}) else pick(ADAPTERS, "adapter", value)
+
+
+class SftConfig(Settings):
+    """Everything a warm start depends on."""
+
+    model: Annotated[ModelSettings, BeforeValidator(named_model)] = ModelSettings()
+    task: Annotated[Any, BeforeValidator(lambda value: pick(TASKS, "task", value))] = Field(
+        default={"name": "multiplication"}
+    )
+    adapter: Annotated[Any, BeforeValidator(_adapter)] = None
+    """None trains all weights, in fp32 (with bf16 arithmetic on a GPU); an adapter is merged into the model at the
+    end."""
+    optim: OptimSettings = OptimSettings(lr=2e-5, betas=(0.9, 0.95), schedule="cosine")
+    epochs: float = Field(default=2.0, gt=0)
+    batch_size: int = Field(default=32, ge=1)
+    """Problems in an optimizer step."""
+    max_length: int = Field(default=1024, ge=2)
+    """Longer examples (prompt and solution, in tokens) are left out, and counted."""
+    num: int | None = Field(default=None, ge=1)
+    """Problems, the first of the train split; None takes all of it."""
+    save_dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
+    execution: ExecutionSettings = ExecutionSettings()
+    seed: int = 0
+    out: str = "runs/sft"
+
+
+def sft(config: SftConfig | Mapping[str, Any]) -> Path:
+    """Trains on the solutions and writes an ordinary model folder, `<out>/model`; returns it.
+
+    The loss is the mean negative log-prob of a batch's solution tokens, the end token included.
+    """
+    config = config if isinstance(config, SftConfig) else build(SftConfig, dict(config), "")
+    folder, console = Path(config.out), Console(soft_wrap=True)
+    runs.check_free(folder)
+    problems = _problems(config)
+    torch.manual_seed(config.seed)
+    policy = _load(config)
+    rows, left_out = _rows(policy, config, problems)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(configs.dump(config), encoding="utf-8")
+    console.print(
+        f"sft on {config.task.name}: {len(rows):,} examples, {left_out} longer than {config.max_length} left out"
+    )
+    losses = _train(policy, config, rows, folder, console)
+    _save(policy, config, folder / "model")
+    console.print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}\nmodel:    {folder / 'model'}")
+    console.print(f"evaluate: shoestring eval {folder / 'model'} --task {config.task.name}", soft_wrap=True)
+    return folder / "model"
+
+
+def _problems(config: SftConfig) -> list[Problem]:
+    split = config.task.problems("train")
+    problems = [split[i] for i in range(min(config.num or len(split), len(split)))]
+    if config.task.solution(problems[0]) is None:
+        raise ConfigError(
+            f"task.name is {config.task.name}",
+            "it has no worked solutions to imitate",
+            "use gsm8k, multiplication or file:",
+        )
+    return problems
+
+
+def _load(config: SftConfig) -> Policy:
+    """Trained whole, weights are held in fp32: a bf16 weight would round most of its small updates away."""
+    whole = config.adapter is None
+    model = config.model.model_copy(update={"dtype": "fp32"}) if whole else config.model
+    return load_policy(model, adapter=config.adapter, train_all=whole, device=config.execution.device)
+
+
+def _rows(policy: Policy, config: SftConfig, problems: Sequence[Problem]) -> tuple[list[Row], int]:
+    """Each example as a row whose selected places are its solution's tokens, with weight 1 each."""
+    rows, left_out = [], 0
+    limit = min(config.max_length, policy.context or config.max_length)
+    for problem in problems:
+        prompt = policy.encode(config.task.ask(problem), config.task.format, config.task.chat)
+        solution = config.task.solution(problem) or ""
+        answer = (*policy.tokenizer(solution, add_special_tokens=False)["input_ids"], policy.end_id)  # type: ignore[misc]
+        if len(prompt) + len(answer) > limit:
+            left_out += 1
+            continue
+        ones = torch.ones(len(answer))
+        place = len(prompt) - 1 + torch.arange(len(answer))
+        rows.append(Row(problem.id, prompt + answer[:-1], place, torch.tensor(answer), ones, ones, ones, 0 * ones))
+    if not rows:
+        raise DataError("no example is short enough", f"all are longer than {limit} tokens", "raise max_length")
+    return rows, left_out
+
+
+def _train(policy: Policy, config: SftConfig, rows: list[Row], folder: Path, console: Console) -> list[float]:
+    """Goes through the rows `epochs` times in seeded order; the loss of each optimizer step."""
+    parameters = list(policy.trained().values())
+    optimizer = build_optimizer(parameters, config.optim)
+    a_epoch = math.ceil(len(rows) / config.batch_size)
+    steps = max(round(config.epochs * a_epoch), 1)
+    random, queue, losses, started = Random(config.seed), [], [], time.perf_counter()
+    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
+        for step in range(steps):
+            if not queue:
+                queue = random.sample(rows, len(rows))
+            batch, queue = queue[: config.batch_size], queue[config.batch_size :]
+            lr = learning_rate(step, steps, config.optim)
+            set_learning_rate(optimizer, lr)
+            loss = _backward(policy, config, batch)
+            norm = float(clip_gradient(parameters, config.optim.max_grad_norm))
+            applied = math.isfinite(norm) and math.isfinite(loss)
+            if applied:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss)
+            seconds = round(time.perf_counter() - started, 3)
+            record = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "applied": applied, "seconds": seconds}
+            metrics.write(json.dumps(record) + "\n")
+            if step % max(steps // 20, 1) == 0 or step == steps - 1:
+                console.print(
+                    f"step {step + 1}/{steps}  loss {loss:.4f}  norm {norm:.2f}  {seconds:.0f} s", highlight=False
+                )
+    return losses
+
+
+def _backward(policy: Policy, config: SftConfig, rows: list[Row]) -> float:
+    tokens, total = sum(len(row.col) for row in rows), 0.0
+    rows = sorted(rows, key=lambda row: -len(row.token_ids))
+    half = policy.device.type == "cuda" and policy.base.dtype == torch.float32
+    for cut in cut_rows(rows, config.execution.micro_batch_tokens):
+        batch = to_device(pad_rows(cut), policy.device)
+        with policy.checkpointing(config.execution.checkpointing):
+            with torch.autocast(policy.device.type, torch.bfloat16, enabled=half):
+                logprob = policy.logprobs(batch)
+            loss = -(batch.weight * logprob).sum() / tokens
+            loss.backward()
+        total += loss.item()
+    return total
+
+
+def _save(policy: Policy, config: SftConfig, target: Path) -> None:
+    model: Any = policy.base if policy.adapted is None else policy.adapted.merge_and_unload()  # type: ignore[operator]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.save_dtype]
+    runs.replace_folder(target, lambda draft: save_model(model.to(dtype=dtype), policy, draft))
+
+
+def save_model(model: Any, policy: Policy, folder: Path) -> None:
+    """An ordinary model folder: weights in safetensors, config, tokenizer."""
+    model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def merge(name: str, out: str) -> Path:
+    """Writes the model of a run (or adapter folder) with its adapter added into the weights, as an ordinary model
+    folder.
+
+    The sum is formed in fp32 and rounded once to the base's type. Training never does this: merging and unmerging bf16
+    weights over and over moves them.
+    """
+    target = Path(out)
+    runs.check_free(target)
+    saved = runs.model_settings(name)
+    policy = load_policy(saved.model_copy(update={"dtype": "fp32"}), device="cpu")
+    if policy.adapted is None:
+        raise ConfigError(f'the run is "{name}"', "it has no adapter to merge", "give the folder of a finished run")
+    dtype = policy.base.config.dtype if saved.dtype == "auto" else saved.dtype
+    merged = policy.adapted.merge_and_unload()  # type: ignore[operator]
+    runs.replace_folder(target, lambda draft: save_model(merged.to(dtype=_dtype(dtype)), policy, draft))
+    return target
+
+
+def _dtype(value: Any) -> torch.dtype:
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return named.get(value, value if isinstance(value, torch.dtype) else torch.float32)
