@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shoestring import evaluate, load, load_policy, train
-from shoestring.evaluation import Evaluation, EvalSettings
+from shoestring.evaluation import EvalSettings, Evaluation
 from shoestring.policy import Policy
 from shoestring.samplers import SAMPLERS
 
@@ -76,7 +76,16 @@ def compare(steps: int | None) -> bool:
     root = Path("runs/demo-compare")
     results = [run(algorithm, steps, root / algorithm) for algorithm in ("grpo", "s-grpo", "t-spmo")]
     table = Table(title="2x2-digit multiplication, embedded model, greedy on held-out problems")
-    for heading in ("algorithm", "before", "after", "95 % interval", "steps", "tokens sampled", "tokens trained", "seconds"):
+    for heading in (
+        "algorithm",
+        "before",
+        "after",
+        "95 % interval",
+        "steps",
+        "tokens sampled",
+        "tokens trained",
+        "seconds",
+    ):
         table.add_column(heading, justify="right" if heading != "algorithm" else "left")
     for r in results:
         share = r["tokens_trained"] / r["tokens_sampled"]

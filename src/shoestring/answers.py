@@ -103,7 +103,7 @@ def parse_number(text: str) -> Fraction | None:
         return spelled[0]
     items = _items(text)
     item = next(items, None)
-    if item is None or text[: item.start].strip("( ") or text[item.end :].strip(") "):
+    if item is None or not re.fullmatch(r"\(?[-+]?", text[: item.start]) or text[item.end :].strip(") "):
         return None
     return _value(text, item)
 
@@ -121,7 +121,7 @@ _QUOTE = re.compile(
 _QUOTED_LINE = re.compile(r"^ {0,3}>[^\n]*", re.MULTILINE)
 _ANY_MARK = re.compile(r"####|\\(?:boxed|fbox)\s*\{|</?answer>|\banswers?\b", re.IGNORECASE)
 _PHRASE = re.compile(
-    r"\b(?:answers?|final result)\b(?=[^.!?\n:=]{0,80}?(?:\b(?:is|are|was|be|equals)\b|\bisn't|\baren't|\bwasn't|[:=]))",
+    r"\b(?:answers?|final result)\b(?=[^.!?\n:=]{0,80}?(?:\b(?:is|are|was|be|equals|(?:is|are|was)n't)\b|[:=]))",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
@@ -171,7 +171,7 @@ def _last_phrase(text: str) -> str | None:
         end = _SENTENCE_END.search(said, _start_of(said))
         said = said[: end.start()] if end else said
         if _HEDGE.search(_NEW_CLAUSE.split(text[max(0, limit - 80) : limit])[-1]):
-            return "not " + said
+            return "not" + said
         if _NO_ANSWER.search(said) or re.search(r"\d", said) or _spelled(said[_start_of(said) :]):
             return said
     return None
@@ -179,7 +179,7 @@ def _last_phrase(text: str) -> str | None:
 
 # --- one way of writing
 
-_SAME = {"\u066b": ".", "\u066c": ",", "’": "'", "∶": ":"}
+_SAME = {"\u066b": ".", "\u066c": ",", "’": "'", "∶": ":", "π": "\\pi ", "∞": "\\infty "}
 _SAME |= dict.fromkeys("‐‑‒–−﹣", "-") | dict.fromkeys("⁄∕", "/") | dict.fromkeys("\u200b\u200e\u200f\u2060\ufeff", "")
 _TABLE = str.maketrans(_SAME)
 _SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
@@ -193,6 +193,7 @@ _FORMS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\[,;: ]|\\quad\b|~(?=\S)(?<=\d~)", " "),
         (r"\\(?:text\w*|mathrm|mathbf|mathit|boxed|fbox|mbox)\s*\{([^{}]*)\}", r"\1"),
         (r"\\(?:text|textbf|mathrm|mathbf|boxed|fbox|mbox)\s*\{([^{}]*)\}", r"\1"),
+        (r"\\(?:boxed|fbox)\s*\{", "\n"),  # cut off: a new line, so that its number is not listed with the one before
         (r"\{,\}", ","),
         (r"\\times\b", "×"), (r"\\cdot\b", "·"), (r"\\div\b", "÷"), (r"\\pm\b", "±"), (r"\\approx\b", "≈"),
         (r"\\(?:leq?|geq?|neq?|lt|gt)\b|[<>!]=", "≠"),
@@ -246,7 +247,6 @@ class Item(NamedTuple):
 
     start: int
     end: int
-    runs: int
 
 
 _RUN = re.compile(r"(?:(?<![\w.])\.)?\d[\d.,]*")
@@ -273,12 +273,12 @@ def _items(text: str) -> Iterator[Item]:
         if current is not None:
             gap = text[current.end : start] if start - current.end <= 40 else "\n"
             if _JOIN.fullmatch(gap):
-                current = Item(current.start, end, current.runs + 1)
+                current = Item(current.start, end)
                 continue
             yield current
             current = None
         if start == 0 or not text[start - 1].isalpha():  # the 2 of H2O is no number
-            current = Item(start, end, 1)
+            current = Item(start, end)
     if current is not None:
         yield current
 
@@ -397,8 +397,9 @@ def _spelled(text: str) -> tuple[Fraction, int] | None:
 # --- which number of a text
 
 _HEDGE = re.compile(
-    r"(?:\b(?:not|never|neither|nor|maybe|perhaps|probably|possibly|presumably|guess(?:ing)?|might|may be|could be|likely"
-    r"|unlikely|doubt|unsure|either|between|(?:less|more|fewer|greater) than)\b|n't\b)(?: [^\s,.;:!?=]{1,20}){0,4}[\s*:(\"'“]*$",
+    r"(?:\b(?:not|never|neither|nor|maybe|perhaps|probably|possibly|guess(?:ing)?|might|may be|could be|likely"
+    r"|presumably|unlikely|doubt|unsure|either|between|(?:less|more|fewer|greater) than)\b|n't\b)"
+    r"(?: [^\s,.;:!?=]{1,20}){0,4}[\s*:(\"'“]*$",
     re.IGNORECASE,
 )
 _NEW_CLAUSE = re.compile(r"[.;!?](?=\s)|,(?=\s)|\n|=|\b(?:but|so|therefore|hence|thus|because|since)\b", re.IGNORECASE)
@@ -409,12 +410,13 @@ _HEDGE_AFTER = re.compile(
 )
 _HEDGED = re.compile(r"\b(?:not|maybe|perhaps|probably|possibly|guess|might|could)\b|n't\b", re.IGNORECASE)
 _NO_ANSWER = re.compile(
-    r"\b(?:unknown|undefined|indeterminate|impossible|infinity|infinite|inf|nan|none|cannot|can't)\b|∞", re.IGNORECASE
+    r"\b(?:unknown|undefined|indeterminate|impossible|infinity|infinite|inf|nan|none|cannot|can't)\b|infty",
+    re.IGNORECASE,
 )
 _TWO_EQUATIONS = re.compile(r"(?:,|;|\band\b|\bor\b)\s*[^\s=]{1,20}\s*=", re.IGNORECASE)
 _CLAUSE_END = re.compile(r",(?!\d)|[;\n]|\.(?=\s)|\b(?:because|since|where)\b", re.IGNORECASE)
-_MATH_BEFORE = re.compile(r"[\\^_+*/√π|±{×÷·]|[-+\w]\($|(?<!\w)[A-Za-z]\s*-\s*$")
-_MATH_AFTER = re.compile(r"\s*[\\^_{π√]|\(| ?[xyzn](?!\w)|[abcdefijkpqrtuvw](?![\w.])|\s*\*")
+_MATH_BEFORE = re.compile(r"[\\^_+*/√|±{×÷·]|[-+\w]\([-+]?$|(?<!\w)[A-Za-z]\s*-\s*$")
+_MATH_AFTER = re.compile(r"\s*[\\^_{√]|\(| ?[xyzn](?!\w)|[abcdefijkpqrtuvw](?![\w.])|\s*\*")
 _MATH_LATER = re.compile(r"[\\+*×÷·√±]|-\s*(?:\d|[A-Za-z]\b)")
 _SPACED_SIGN = re.compile(r"^-\s+")
 _LEAD = re.compile(
@@ -471,9 +473,9 @@ def _sure(text: str, item: Item) -> Fraction | None:
 # --- formulas
 
 _LIST = re.compile(r",(?!\d{3}\b)")
-_FUNCTIONS = frozenset(["sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt"])
+_FUNCTIONS = frozenset(["sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "pmatrix", "bmatrix"])
 _HEAVY = re.compile(r"!|\^\s*\{[^{}]*\^|\^\s*\(|\^\s*\w+\s*\^|\^\s*\{?\s*-?\d{4}|\d{30}")
-_BROKEN = re.compile(r"^[<>=*/^_]|[-+*/^_=<>]$|^[-+]?\s*\\infty$|^[\d\s.:;/'-]+$|\d_\d|^n/?a$|\0", re.IGNORECASE)
+_BROKEN = re.compile(r"^[<>=*/^_]|[-+*/^_=<>]$|^[-+]?\s*\\infty$|^[\d\s.:;/'-]+$|\d_\d|^n/?a$|^\W*$|\0", re.IGNORECASE)
 _worker: subprocess.Popen[str] | None = None
 _lock = threading.Lock()
 
@@ -482,7 +484,14 @@ def _is_formula(text: str) -> bool:
     """Whether math-verify can read the text, and in bounded time as far as that can be seen."""
     text = _in_ascii(text).strip()
     clean = _normalise(text).strip()
-    if not clean or not clean.isascii() or len(text) > MAX_FORMULA or _HEAVY.search(text) or _BROKEN.search(clean):
+    if (
+        not clean
+        or not clean.isascii()
+        or len(text) > MAX_FORMULA
+        or _HEAVY.search(text)
+        or max(map(text.count, "([{")) > 12
+        or _BROKEN.search(clean)
+    ):
         return False
     words = re.findall(r"[^\W\d_]{2,}", re.sub(r"\\[A-Za-z]+", " ", clean))
     if any(word.lower() not in _FUNCTIONS and len(word) > 2 for word in words):
@@ -494,21 +503,22 @@ def _is_formula(text: str) -> bool:
 def _same_formula(gold: str, answer: str) -> bool:
     """Asks the worker, which ends itself when a question takes too long; no reply is a no."""
     global _worker
+    reply = ""
     with _lock:
         try:
             if _worker is None or _worker.poll() is not None:
                 _stop()
                 _worker = _start()
-            assert _worker.stdin is not None
-            assert _worker.stdout is not None
-            _worker.stdin.write(json.dumps([gold, answer]) + "\n")
-            _worker.stdin.flush()
-            reply = _worker.stdout.readline()
-        except (OSError, ValueError):
-            reply = ""
-        if not reply:
-            _stop()
-        return reply.strip() == "true"
+            if _worker.stdin and _worker.stdout:
+                _worker.stdin.write(json.dumps([gold, answer]) + "\n")
+                _worker.stdin.flush()
+                reply = _worker.stdout.readline()
+        except OSError:
+            pass
+        finally:  # also on a KeyboardInterrupt: the next question must not get this one's reply
+            if not reply:
+                _stop()
+    return reply.strip() == "true"
 
 
 def _start() -> subprocess.Popen[str]:
@@ -530,6 +540,18 @@ def _stop() -> None:
         if stream is not None:
             with suppress(OSError):  # what was not flushed has no reader any more
                 stream.close()
+
+
+def _after_fork() -> None:
+    """A fork's child asks a worker of its own, and leaves its parent's alone."""
+    global _lock
+    _lock = threading.Lock()
+    if _worker is not None:
+        _worker.returncode = 0
+    _stop()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _serve() -> None:

@@ -84,14 +84,20 @@ class RunConfig(Settings):
     """Everything a run depends on. With no argument: the embedded default."""
 
     model: Annotated[ModelSettings, BeforeValidator(named_model)] = ModelSettings()
-    task: Annotated[Any, BeforeValidator(partial(pick, TASKS, "task"))] = Field(default={"name": "multiplication"})
-    algorithm: Annotated[Any, BeforeValidator(partial(pick, ALGORITHMS, "algorithm"))] = Field(
+    task: Annotated[Any, BeforeValidator(partial(pick, TASKS, "task", default="multiplication"))] = Field(
+        default={"name": "multiplication"}
+    )
+    algorithm: Annotated[Any, BeforeValidator(partial(pick, ALGORITHMS, "algorithm", default="s-grpo"))] = Field(
         default={"name": "s-grpo"}
     )
     # Settled from the algorithm's defaults before anything else is checked.
     objective: Objective = Field(default=None)  # type: ignore[assignment]
-    adapter: Annotated[Any, BeforeValidator(partial(pick, ADAPTERS, "adapter"))] = Field(default={"name": "lora"})
-    sampler: Annotated[Any, BeforeValidator(partial(pick, SAMPLERS, "sampler"))] = Field(default={"name": "hf"})
+    adapter: Annotated[Any, BeforeValidator(partial(pick, ADAPTERS, "adapter", default="lora"))] = Field(
+        default={"name": "lora"}
+    )
+    sampler: Annotated[Any, BeforeValidator(partial(pick, SAMPLERS, "sampler", default="hf"))] = Field(
+        default={"name": "hf"}
+    )
     sampling: Sampling = Sampling()
     optim: OptimSettings = OptimSettings()
     rewards: RewardSettings = RewardSettings()
@@ -114,7 +120,7 @@ class RunConfig(Settings):
         """Puts the algorithm's own defaults where `[objective]` says nothing."""
         if not isinstance(data, dict):
             return data
-        algorithm = pick(ALGORITHMS, "algorithm", data.get("algorithm", cls.model_fields["algorithm"].default))
+        algorithm = pick(ALGORITHMS, "algorithm", data.get("algorithm", {}), "s-grpo")
         given = data.get("objective") or {}
         given = given.model_dump() if isinstance(given, Objective) else given
         return {**data, "objective": {**algorithm.objective._asdict(), **given}}

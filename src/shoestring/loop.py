@@ -132,7 +132,8 @@ def _run(folder: Path, config: RunConfig, scorer: Rewards, *, quiet: bool) -> Ru
                 algorithm.replay, groups, config.sampling.num_prompts, Random(_seed(config, step, "replay"))
             )
             state.step += 1
-            state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.culprits else 0
+            if batches:
+                state.skipped_in_a_row = 0 if result.applied else state.skipped_in_a_row + 1
             reporter.samples(step, rollouts, [group.scores for group in groups], credits, scored.columns)
             reporter.step(_step_report(step, lr, groups, credits, batches, scored, result, clock))
             _warn(reporter, step, groups, scored, result)

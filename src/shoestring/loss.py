@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from shoestring.settings import Settings
@@ -35,8 +36,12 @@ class LossReport(NamedTuple):
 
 
 def policy_loss(
-    logprob_N: Tensor, old_N: Tensor, advantage_N: Tensor, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor]:
+    logprob_N: Float[Tensor, " N"],
+    old_N: Float[Tensor, " N"],
+    advantage_N: Float[Tensor, " N"],
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
     """The clipped surrogate of each token and where clipping took its gradient (arXiv 1707.06347). [N], [N] bool
 
         max(-A rho, -A clip(rho, 1 - low, 1 + high)),   rho = exp(logprob - old)
@@ -50,14 +55,18 @@ def policy_loss(
     return torch.maximum(free, held), held > free
 
 
-def k3(logprob_N: Tensor, reference_N: Tensor) -> Tensor:
+def k3(logprob_N: Float[Tensor, " N"], reference_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """The KL estimate exp(d) - d - 1 with d = reference - logprob of each token; never negative. [N]"""
     d = (reference_N - logprob_N).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     return torch.expm1(d) - d
 
 
 def objective_loss(
-    logprob_N: Tensor, old_N: Tensor, reference_N: Tensor | None, batch: Batch, objective: Objective
+    logprob_N: Float[Tensor, " N"],
+    old_N: Float[Tensor, " N"],
+    reference_N: Float[Tensor, " N"] | None,
+    batch: Batch,
+    objective: Objective,
 ) -> LossReport:
     """The micro-batch's part of the step's loss: a sum over its N tokens, so that any cut gives the same gradient.
 

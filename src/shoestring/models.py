@@ -122,6 +122,7 @@ def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel
         ) from error
     if source.gguf_file:
         model = _plain_copy(model)
+    tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of what the model wrote
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer, source
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shoestring import models
-from shoestring.adapters.base import decoder_layers
+from shoestring.adapters.base import decoder_layers, quiet_peft
 from shoestring.errors import ConfigError
 from shoestring.heads import POST_HEAD, gathered_logprobs, selected_logprobs
+from shoestring.tasks.base import plain_text
 from shoestring.types import Batch
 
 if TYPE_CHECKING:
@@ -81,8 +82,7 @@ class Policy:
     def encode(self, messages: Messages, form: str = "chat", options: dict[str, Any] | None = None) -> tuple[int, ...]:
         """Token ids of a prompt that ends where the answer starts."""
         if form == "plain":
-            text = "\n\n".join(message["content"] for message in messages)
-            return tuple(self.tokenizer(text)["input_ids"])  # type: ignore[arg-type]
+            return tuple(self.tokenizer(plain_text(messages))["input_ids"])  # type: ignore[arg-type]
         if not self.tokenizer.chat_template:
             raise ConfigError(
                 f'the tokenizer of model "{self.name}" has no chat template',
@@ -187,7 +187,8 @@ def load_policy(
             )
         from peft import PeftModel
 
-        adapted = PeftModel.from_pretrained(base, str(source.adapter))
+        with quiet_peft():
+            adapted = PeftModel.from_pretrained(base, str(source.adapter))
         adapted.requires_grad_(False)
     elif adapter is not None:
         adapted = adapter.attach(base)

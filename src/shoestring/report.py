@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,7 +46,8 @@ class Reporter:
         self.console.print(text, markup=False, highlight=False)
 
     def step(self, report: StepReport) -> None:
-        self._append("metrics.jsonl", dataclasses.asdict(report))
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(report).items()}
+        self._append("metrics.jsonl", finite)  # JSON knows no NaN
         line = one_line(report, self.steps)
         if self._bar:
             self._bar.update(self._task, completed=report.step + 1, description=line)
@@ -141,4 +142,5 @@ def read_metrics(folder: Path) -> list[StepReport]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
-    return [StepReport(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [StepReport(**{k: math.nan if v is None else v for k, v in line.items()}) for line in lines]

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from shoestring.errors import ConfigError, DataError, nearest
-from shoestring.tasks.base import Task
+from shoestring.tasks.base import Task, plain_text
 from shoestring.types import Problem, Score
 
 RewardFunction = Callable[..., Any]
@@ -170,11 +170,17 @@ class _Call:
         return self._checked(result)
 
     def _arguments(self) -> dict[str, Any]:
-        """Made anew for each function, so that one that changes its lists does not change another's."""
+        """Made anew for each function, so that one that changes its lists does not change another's.
+
+        A task that asks in plain text passes plain text, one that asks in messages passes messages, as TRL does.
+        """
+        rows, plain = self.rows, self.task.format == "plain"
         return {
             **columns([row.problem for row in self.rows]),
-            "prompts": [self.task.ask(row.problem) for row in self.rows],
-            "completions": [[{"role": "assistant", "content": row.text}] for row in self.rows],
+            "prompts": [
+                plain_text(self.task.ask(row.problem)) if plain else self.task.ask(row.problem) for row in rows
+            ],
+            "completions": [row.text if plain else [{"role": "assistant", "content": row.text}] for row in rows],
             "completion_ids": [list(row.completion_ids) for row in self.rows],
             "trainer_state": self.state,
             "log_extra": lambda column, values: self.extra[column].extend(values),

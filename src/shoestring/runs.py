@@ -121,11 +121,13 @@ def resumed_config(folder: Path, config: RunConfig | Mapping[str, Any] | str | P
 
 
 def _over(saved: RunConfig, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved config with the given values laid over it."""
+    """The saved config with the given values laid over it. A table with another `name` takes the saved one's place."""
     merged = saved.model_dump(exclude_none=True)
     for key, value in values.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = {**merged[key], **value} if both else value
+        old = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        same = both and value.get("name", old.get("name")) == old.get("name")
+        merged[key] = {**old, **value} if same else value
     return merged
 
 

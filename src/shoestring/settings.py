@@ -17,12 +17,17 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True, allow_inf_nan=False)
 
 
-def pick(table: dict[str, type[Any]], kind: str, value: Any) -> Any:
-    """The entry of `table` that `value` (a table with `name`, or the bare name) asks for, built from its settings."""
+def pick(table: dict[str, type[Any]], kind: str, value: Any, default: str = "") -> Any:
+    """The entry of `table` that `value` (a table with `name`, or the bare name) asks for, built from its settings.
+
+    A table without `name` holds settings of the `default` entry, where there is one.
+    """
     if isinstance(value, BaseModel):
         return value
     if isinstance(value, str):
         value = {"name": value}
+    if isinstance(value, dict) and default:
+        value = {"name": default, **value}
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ConfigError(
             f"[{kind}] is {value!r}", "it does not say which one", f'write name = "..."; {nearest("", table)}'

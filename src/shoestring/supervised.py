@@ -29,14 +29,14 @@ from shoestring.types import Problem
 
 
 def _adapter(value: Any) -> Any:
-    return None if value in (None, "none", {"name": "none"}) else pick(ADAPTERS, "adapter", value)
+    return None if value in (None, "none", {"name": "none"}) else pick(ADAPTERS, "adapter", value, "lora")
 
 
 class SftConfig(Settings):
     """Everything a warm start depends on."""
 
     model: Annotated[ModelSettings, BeforeValidator(named_model)] = ModelSettings()
-    task: Annotated[Any, BeforeValidator(lambda value: pick(TASKS, "task", value))] = Field(
+    task: Annotated[Any, BeforeValidator(lambda value: pick(TASKS, "task", value, "multiplication"))] = Field(
         default={"name": "multiplication"}
     )
     adapter: Annotated[Any, BeforeValidator(_adapter)] = None

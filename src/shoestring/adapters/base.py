@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
@@ -20,6 +23,14 @@ class Adapter(Protocol):
     def attach(self, model: PreTrainedModel) -> nn.Module:
         """The model with the adapter in it: a `peft.PeftModel` whose base weights are frozen."""
         ...
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Keeps back a deprecation that PEFT 0.21 causes inside transformers 5.2x and its users can do nothing about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 from torch import nn
 
-from shoestring.adapters.base import chosen_layers, decoder_layers
+from shoestring.adapters.base import chosen_layers, decoder_layers, quiet_peft
 from shoestring.errors import ConfigError, nearest
 from shoestring.settings import Settings
 
@@ -51,9 +51,11 @@ class LoRA(Settings):
             lora_dropout=0.0,
             target_modules=modules,
             layers_to_transform=wanted,
+            fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in layers.modules()),
             layers_pattern=path.split(".")[-1],
         )
-        return get_peft_model(model, config)
+        with quiet_peft():
+            return get_peft_model(model, config)
 
 
 def _linear(module: nn.Module) -> bool:

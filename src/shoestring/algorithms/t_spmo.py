@@ -47,7 +47,7 @@ class TSPMO(Settings):
     replay_cut: Literal["uniform", "half"] = "uniform"
     """Where a completion is cut: anywhere with equal chance, or in its middle."""
 
-    objective: ClassVar = ObjectiveDefaults(l2=1e-4)
+    objective: ClassVar = ObjectiveDefaults(l2=1e-6)
     least_completions: ClassVar[int] = 2
     normalise: ClassVar[Literal["groups", "tokens"]] = "groups"
 

@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from shoestring.samplers.base import Sampling, draw, noise
+from shoestring.samplers.base import Sampling
+from shoestring.samplers.draw import draw, noise
 from shoestring.settings import Settings
 from shoestring.types import Completion, Prompt
 

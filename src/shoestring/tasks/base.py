@@ -70,6 +70,11 @@ class Asking(Settings):
         return [*system, {"role": "user", "content": self.prompt.replace("{question}", problem.question)}]
 
 
+def plain_text(messages: Messages) -> str:
+    """The messages as bare text, for models without a chat template."""
+    return "\n\n".join(message["content"] for message in messages)
+
+
 def check_split(split: str) -> None:
     if split not in SPLITS:
         raise ConfigError(f'split is "{split}"', "there is no such split", "use one of: " + ", ".join(SPLITS))

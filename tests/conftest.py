@@ -1,0 +1,34 @@
+"""One thread a test process (two run side by side), and shape annotations checked in the modules that carry them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+torch.set_num_threads(1)
+install_import_hook(
+    ["shoestring.loss", "shoestring.heads", "shoestring.samplers.draw", "shoestring.algorithms.base"],
+    "beartype.beartype",
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests write nowhere else, and reach no hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """The folder with SVAMP and GSM8K that SHOESTRING_DATA names, where there is one."""
+    root = os.environ.get("SHOESTRING_DATA")
+    if not root or not Path(root).is_dir():
+        pytest.skip("SHOESTRING_DATA does not name a folder with SVAMP and GSM8K")
+    return Path(root)

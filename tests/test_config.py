@@ -1,0 +1,119 @@
+"""Settings: strict, printed back, and wrong ones told in three parts before anything heavy is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from shoestring import config as configs
+from shoestring.config import RunConfig, load, settle
+from shoestring.errors import ConfigError, ShoestringError, nearest
+from shoestring.supervised import SftConfig
+
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["optim.lrr=1e-4"], 'did you mean "lr"'),
+        (["stepz=3"], 'did you mean "steps"'),
+        (["algorithm.name=s-gpro"], 'did you mean "s-grpo"'),
+        (["task.name=swamp"], 'did you mean "svamp"'),
+        (["adapter.name=lorra"], 'did you mean "lora"'),
+        (["sampler.name=vllm"], "use one of: hf"),
+        (["algorithm.alfa=3"], 'did you mean "alpha"'),
+        (["steps=many"], "steps is 'many'"),
+        (["steps=0"], "steps is 0"),
+        (["optim.lr=-1"], "optim.lr is -1"),
+        (["optim.lr=nan"], "optim.lr is nan"),
+        (["sampling.num_completions=1"], "a group of one has no mean to differ from"),
+        (["sampling.temperature=0"], "greedy completions of a prompt are all the same"),
+        (["algorithm.alpha=100"], "alpha at most k"),
+        (["algorithm.name=grpo", "algorithm.loss_agg=token_sum_norm"], "norm_length"),
+        (["task.digits=[1, 1]"], "only 81 such problems"),
+        (["task.digits=[1, 2]"], "only 810 such problems"),
+        (["task.prompt=Hello"], "put {question} where it goes"),
+        (["task.name=file:"], "does not say which"),
+        (["rewards.functions=[]"], "nothing would be scored"),
+        (["rewards.weights=[1.0, 2.0]"], "each function needs one weight"),
+        (["noequals"], "it has no key and value"),
+        (["steps.deep=1"], "steps is {'deep': 1}"),
+        (["model.dtype=int8"], "model.dtype is 'int8'"),
+        (["task=3"], "it does not say which one"),
+    ],
+)
+def test_mistakes_have_three_parts(overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, overrides)
+    assert says in str(caught.value)
+    assert caught.value.given
+    assert caught.value.why
+    assert caught.value.write
+
+
+def test_a_recipe_that_is_not_there_or_not_toml() -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load("nowhere.toml")
+    Path("bad.toml").write_text("steps = ")
+    with pytest.raises(ConfigError, match="not TOML"):
+        load("bad.toml")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_says_what_to_expect(path: Path) -> None:
+    if path.stem.endswith("-sft"):
+        SftConfig.model_validate(configs.read(path))
+    else:
+        load(path)
+    assert path.read_text().startswith("# ")
+
+
+def test_the_recipes_that_must_be_there() -> None:
+    names = {"demo", "smollm2-sft", "svamp-smollm2", "svamp-qwen2-1.5b", "multiplication-qwen2-1.5b"}
+    assert names <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", [None, *(p for p in RECIPES if not p.stem.endswith("-sft"))])
+def test_a_config_printed_back_is_the_same_config(path: Path | None) -> None:
+    config = load(path, ['task.prompt=Say "{question}"\n now', "task.chat={enable_thinking = false}"])
+    Path("back.toml").write_text(configs.dump(config))
+    assert load("back.toml") == config
+
+
+def test_overrides_reach_nested_keys_and_a_new_name_starts_its_table_afresh() -> None:
+    config = load(
+        ROOT / "recipes" / "svamp-smollm2.toml", ["algorithm.name=t-spmo", "optim.betas=[0.8, 0.9]", "model=x/y"]
+    )
+    assert (config.algorithm.name, config.optim.betas, config.model.name) == ("t-spmo", (0.8, 0.9), "x/y")
+    assert load(None, ["model=a/b", "model.dtype=fp32"]).model.dtype == "fp32"
+
+
+def test_the_objective_takes_the_algorithms_defaults_where_nothing_is_said() -> None:
+    assert settle({}).objective.l2 == 0
+    assert settle({"algorithm": {"name": "t-spmo"}}).objective.l2 > 0
+    assert settle({"algorithm": "t-spmo", "objective": {"l2": 0.5}}).objective.l2 == 0.5
+    assert settle({"algorithm": "grpo", "objective": {"beta": 0.04}}).objective.updates == 1
+
+
+def test_settings_are_frozen() -> None:
+    config = settle({})
+    for target in (config, config.algorithm, config.task, config.sampling):
+        with pytest.raises(Exception, match="frozen"):
+            target.name = "x"
+
+
+def test_differences_are_named() -> None:
+    assert configs.differences(settle({}), settle({"seed": 3, "optim": {"lr": 1.0}})) == ["optim.lr", "seed"]
+
+
+def test_nearest_offers_the_nearest_or_all() -> None:
+    assert nearest("lorra", ["lora", "dora"]) == 'did you mean "lora"?'
+    assert nearest("zzz", ["b", "a"]) == "use one of: a, b"
+
+
+def test_our_errors_are_value_errors() -> None:
+    assert issubclass(ShoestringError, ValueError)
+    assert isinstance(RunConfig().algorithm.k, int)

@@ -1,0 +1,276 @@
+"""The loop, end to end, on the embedded model: what it leaves behind, how it stops, and that it resumes exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shoestring import ConfigError, DataError, train
+from shoestring import checkpoint as checkpoints
+from shoestring.errors import NonFiniteError
+from shoestring.loop import order
+from shoestring.policy import Policy
+
+SMALL: dict[str, Any] = {
+    "steps": 4,
+    "save_every": 2,
+    "sampling": {"num_prompts": 3, "num_completions": 4, "max_new_tokens": 24},
+    "optim": {"lr": 1e-3},
+}
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    merged = {**SMALL, "out": "run"}
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = {**merged[key], **value} if both else value
+    return merged
+
+
+def metrics(folder: str | Path = "run") -> list[dict[str, Any]]:
+    """The metrics without what a clock or a device says."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "peak_bytes")} for line in lines]
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
+
+
+def same_weights(a: str, b: str) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "grpo": {"algorithm": {"name": "grpo"}, "objective": {"beta": 0.04, "updates": 2}},
+    "s-grpo": {"algorithm": {"name": "s-grpo", "alpha": 4, "k": 8}},
+    "t-spmo": {"algorithm": {"name": "t-spmo", "replay_from": "both", "replay_completions": 3}},
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(name: str) -> None:
+    """Bit for bit on the CPU: metrics, samples and weights."""
+    train(config(out="whole", **ALGORITHMS[name]), quiet=True)
+    train(config(out="parts", steps=2, **ALGORITHMS[name]), quiet=True)
+    train({"steps": 4}, resume="parts", quiet=True)
+    assert metrics("whole") == metrics("parts")
+    assert Path("whole/samples.jsonl").read_text() == Path("parts/samples.jsonl").read_text()
+    assert same_weights("whole", "parts")
+    assert len(metrics("whole")) == 4
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint() -> None:
+    """Steps behind the checkpoint are done again, and a torn last line does no harm."""
+    train(config(out="whole"), quiet=True)
+    train(config(out="killed", steps=3), quiet=True)
+    for path in Path("killed/checkpoints").glob("step-3"):
+        path.rename(path.with_name(".draft-step-3"))  # as if the kill had come while it was written
+    with open("killed/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "rew')
+    train({"steps": 4}, resume="killed", quiet=True)
+    assert metrics("killed") == metrics("whole")
+    assert same_weights("killed", "whole")
+
+
+def test_what_a_run_leaves_behind() -> None:
+    run = train(config(eval_every=2, evaluation={"num": 10}), quiet=True)
+    names = {path.name for path in run.folder.iterdir()}
+    assert names == {"adapter", "checkpoints", "config.toml", "evals.jsonl", "metrics.jsonl", "samples.jsonl"}
+    assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    assert not list(run.folder.rglob("*.bin")) + list(run.folder.rglob("*.pt")) + list(run.folder.rglob("*.pkl"))
+    assert [json.loads(line)["step"] for line in Path("run/evals.jsonl").read_text().splitlines()] == [0, 2, 4]
+    samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4 * 3 * 4
+    assert {"step", "problem", "text", "score", "credit", "stop"} <= samples[0].keys()
+    assert sum(len(s["credit"]) for s in samples) >= sum(m["tokens_trained"] for m in metrics())
+    assert len(run.reports) == 4
+
+
+def test_the_adapter_loads_with_plain_peft_and_the_base_is_untouched() -> None:
+    from peft import PeftModel
+    from tiny import TINY
+    from transformers import AutoModelForCausalLM
+
+    from shoestring.adapters.base import quiet_peft
+
+    run = train(config(), quiet=True)
+    base = AutoModelForCausalLM.from_pretrained(TINY)
+    ids = torch.tensor([[260, 17, 18, 9, 30]])
+    bare = base(input_ids=ids).logits
+    with quiet_peft():
+        loaded = PeftModel.from_pretrained(base, str(run.adapter)).eval()
+    assert torch.equal(loaded(input_ids=ids).logits, run.policy.base(input_ids=ids).logits)
+    assert not torch.equal(loaded(input_ids=ids).logits, bare)
+    assert all(key.startswith("base_model.model.model.layers.") for key in weights(run.folder))
+    with run.policy.reference():
+        assert torch.equal(run.policy.base(input_ids=ids).logits, bare)
+
+
+def test_micro_batches_change_a_run_by_rounding_only() -> None:
+    train(config(out="one", steps=1), quiet=True)
+    train(config(out="many", steps=1, execution={"micro_batch_tokens": 1, "checkpointing": True}), quiet=True)
+    one, many = metrics("one")[0], metrics("many")[0]
+    assert one["grad_norm"] == pytest.approx(many["grad_norm"], abs=1e-6)
+    assert one["tokens_trained"] == many["tokens_trained"]
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Makes log-probs not finite from a given call on, the way a broken forward would; {"at", "calls", "value"}."""
+    plan: dict[str, Any] = {"at": 10**9, "until": 10**9, "calls": 0, "value": float("nan")}
+    real = Policy.logprobs
+
+    def broken(self: Policy, batch: Any, temperature: float = 1.0) -> torch.Tensor:
+        plan["calls"] += 1
+        found = real(self, batch, temperature)
+        hit = plan["at"] <= plan["calls"] < plan["until"]
+        return found * torch.where(batch.row == 0, plan["value"], 1.0) if hit else found
+
+    monkeypatch.setattr(Policy, "logprobs", broken)
+    return plan
+
+
+def varied(completions: list[Any], **others: Any) -> list[float]:
+    """Rewards that differ within every group."""
+    return [float(sum(map(ord, completion[0]["content"])) % 11) for completion in completions]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_step_that_is_not_finite_is_never_applied(planted: dict[str, Any], value: float) -> None:
+    """The weights and the optimizer after it are those before it, and the run says which problem it was."""
+    train(config(out="before", steps=1, save_every=1), rewards=[varied], quiet=True)
+    planted.update(at=2, value=value, calls=0)
+    with pytest.raises(NonFiniteError, match="multiplication-") as caught:
+        train(config(steps=8, save_every=1), rewards=[varied], quiet=True)
+    assert "not finite" in str(caught.value)
+    done = metrics()
+    assert [m["applied"] for m in done] == [True, False, False, False]
+    for name in ("adapter.safetensors", "optimizer.safetensors"):
+        first, last = (
+            load_file(f"{folder}/{name}") for folder in ("before/checkpoints/step-1", "run/checkpoints/step-4")
+        )
+        assert all(torch.equal(first[key], last[key]) for key in first)
+
+
+def test_a_single_step_that_is_not_finite_is_skipped_and_the_run_goes_on(
+    planted: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted.update(at=1, until=6)  # the first step's one pass, and the search for its cause in its one group of four
+    train(config(steps=3), rewards=[varied])
+    assert [m["applied"] for m in metrics()] == [False, True, True]
+    assert "Step 0 was not applied" in capsys.readouterr().out
+
+
+def test_extreme_ratios_stay_finite() -> None:
+    """Several updates at an absurd rate: the ratio is held in bounds, the clip acts, and every step is applied."""
+    train(config(optim={"lr": 1.0}, objective={"updates": 4, "beta": 0.1}), quiet=True)
+    assert all(m["applied"] or not m["tokens_trained"] for m in metrics())
+    assert max(m["clip_fraction"] for m in metrics()) > 0
+
+
+def short_answers(completions: list[Any], **others: Any) -> list[float]:
+    return [-float(len(completion[0]["content"])) for completion in completions]
+
+
+def test_rewards_of_ones_own_and_rows_of_ones_own() -> None:
+    rows = [{"prompt": f"{a}*3=", "topic": "times"} for a in range(10, 30)]
+    run = train(config(steps=2), rewards=[short_answers], data=rows, quiet=True)
+    assert run.config.task.name.startswith("file:")
+    assert all(m["reward"] < 0 for m in metrics())
+    train({"steps": 3}, resume="run", rewards=[short_answers], quiet=True)
+    assert len(metrics()) == 3
+
+
+def test_nothing_to_learn_is_a_fact_and_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(config(steps=2), rewards=[lambda completions, **others: [0.0] * len(completions)])
+    assert [(m["groups_with_signal"], m["tokens_trained"], m["applied"]) for m in metrics()] == [(0, 0, False)] * 2
+    assert "scored 0" in capsys.readouterr().out
+    assert run.adapter.is_dir()
+
+
+def test_the_best_adapter_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations of 0.2, 0.9 and 0.5: the adapter of the second is the run's."""
+    import dataclasses
+
+    from shoestring import loop
+
+    found = iter([0.2, 0.9, 0.5])
+    real = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *a: dataclasses.replace(real(*a), accuracy=next(found)))
+    train(config(eval_every=2, evaluation={"num": 5, "keep": "best"}), quiet=True)
+    kept = weights("run")
+    at_2 = load_file("run/checkpoints/step-2/adapter.safetensors")
+    assert all(torch.equal(value, at_2[key.replace(".weight", ".default.weight")]) for key, value in kept.items())
+
+
+def test_order_goes_through_every_problem_once_an_epoch() -> None:
+    chosen = [i for start in range(0, 30, 3) for i in order(10, seed=1, start=start, num=3)]
+    assert sorted(chosen[:10]) == sorted(chosen[10:20]) == sorted(chosen[20:]) == list(range(10))
+    assert chosen[:10] != chosen[10:20]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_exits(number: int, code: int) -> None:
+    """The step in hand is finished, a checkpoint is written, and the run can go on."""
+    command = [sys.executable, "-m", "shoestring", "train", "steps=500", "out=run", "sampling.num_prompts=2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    limit = time.monotonic() + 120
+    while not (Path("run/metrics.jsonl").is_file() and metrics()) and time.monotonic() < limit:
+        time.sleep(0.2)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "--resume run" in out
+    last = checkpoints.latest(Path("run"))
+    assert last is not None
+    assert last.name == f"step-{len(metrics())}"
+
+
+def test_half_a_checkpoint_is_not_seen() -> None:
+    train(config(steps=2), quiet=True)
+    Path("run/checkpoints/.draft-step-9").mkdir()
+    last = checkpoints.latest(Path("run"))
+    assert last is not None
+    assert last.name == "step-2"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out": "full"}, "something lies there"),
+        ({"model": "./nowhere"}, "no such folder"),
+        ({"task": {"name": "file:none.jsonl"}}, "no such file"),
+        ({"rewards": {"functions": ["nowhere.module:f"]}}, "nowhere"),
+        ({"sampling": {"max_new_tokens": 2000}}, "context"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_overwritten(change: dict[str, Any], message: str) -> None:
+    Path("full").mkdir()
+    Path("full/mine.txt").write_text("mine")
+    with pytest.raises((ConfigError, DataError), match=message):
+        train(config(**change), quiet=True)
+    assert Path("full/mine.txt").read_text() == "mine"
+    assert len(list(Path("full").iterdir())) == 1
+
+
+def test_resume_refuses_another_config() -> None:
+    train(config(steps=2), quiet=True)
+    for change in ({"seed": 5}, {"optim": {"lr": 1e-5}}, {"algorithm": {"name": "grpo"}}):
+        with pytest.raises(ConfigError, match="neither the old run nor a new one"):
+            train(change, resume="run", quiet=True)
+    with pytest.raises(ConfigError, match=r"no config\.toml"):
+        train(resume="nowhere", quiet=True)
+    assert len(metrics()) == 2
