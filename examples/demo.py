@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shoestring import evaluate, load, load_policy, train
+from shoestring.environment import device_name, versions
 from shoestring.evaluation import EvalSettings, Evaluation
 from shoestring.policy import Policy
 from shoestring.samplers import SAMPLERS
@@ -33,10 +34,10 @@ def measure(policy: Policy, config: Any) -> Evaluation:
     return evaluate(policy, engine, config.task, EvalSettings(max_new_tokens=config.sampling.max_new_tokens))
 
 
-def run(algorithm: str, steps: int | None, out: Path) -> dict[str, Any]:
+def run(algorithm: str, steps: int | None, seed: int, out: Path) -> dict[str, Any]:
     """Trains with one algorithm into `out` and returns the figures, before and after."""
     shutil.rmtree(out, ignore_errors=True)  # the demo's own folder, made anew each time
-    overrides = [f"algorithm.name={algorithm}", f"out={out}"] + ([f"steps={steps}"] if steps else [])
+    overrides = [f"algorithm.name={algorithm}", f"seed={seed}", f"out={out}"] + ([f"steps={steps}"] if steps else [])
     config = load(RECIPE, overrides)
     before = measure(load_policy(config.model), config)
     console.print(f"before: {before.accuracy:.1%} of {before.problems} held-out problems", end="")
@@ -49,6 +50,7 @@ def run(algorithm: str, steps: int | None, out: Path) -> dict[str, Any]:
     console.print(f" (95 % interval {after.low:.1%} to {after.high:.1%}), {seconds:.0f} s of training\n")
     return {
         "algorithm": algorithm,
+        "seed": seed,
         "before": before.accuracy,
         "after": after.accuracy,
         "low": after.low,
@@ -61,20 +63,20 @@ def run(algorithm: str, steps: int | None, out: Path) -> dict[str, Any]:
     }
 
 
-def demo(steps: int | None) -> bool:
+def demo(steps: int | None, seed: int) -> bool:
     """S-GRPO alone; writes runs/demo/result.json. Whether the accuracy is what it should be."""
     out = Path("runs/demo")
-    result = run("s-grpo", steps, out)
+    result = run("s-grpo", steps, seed, out)
     kept = ("before", "after", "low", "high", "problems", "seconds")
     (out / "result.json").write_text(json.dumps({key: result[key] for key in kept}, indent=1) + "\n", encoding="utf-8")
     console.print(f"result:   {out / 'result.json'}")
     return result["after"] >= PASSING
 
 
-def compare(steps: int | None) -> bool:
+def compare(steps: int | None, seed: int) -> bool:
     """All three algorithms from the same start; writes runs/demo-compare/result.json."""
     root = Path("runs/demo-compare")
-    results = [run(algorithm, steps, root / algorithm) for algorithm in ("grpo", "s-grpo", "t-spmo")]
+    results = [run(algorithm, steps, seed, root / algorithm) for algorithm in ("grpo", "s-grpo", "t-spmo")]
     table = Table(title="2x2-digit multiplication, embedded model, greedy on held-out problems")
     for heading in (
         "algorithm",
@@ -100,7 +102,14 @@ def compare(steps: int | None) -> bool:
             f"{r['seconds']:.0f}",
         )
     Console().print(table)
-    (root / "result.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    written = {
+        "benchmark": "demo-compare",
+        "device": device_name(),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": results,
+    }
+    (root / "result.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     console.print(f"result:   {root / 'result.json'}")
     console.print(f"adapters, metrics and samples: {root}/<algorithm>/; evaluate one by: shoestring eval {root}/grpo")
     return all(r["after"] >= PASSING for r in results)
@@ -109,9 +118,10 @@ def compare(steps: int | None) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, help="fewer steps than the recipe, for a quick look")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare", action="store_true", help="all three algorithms")
     arguments = parser.parse_args()
-    good = (compare if arguments.compare else demo)(arguments.steps)
+    good = (compare if arguments.compare else demo)(arguments.steps, arguments.seed)
     if not good and arguments.steps is None:
         sys.exit(f"A full run should end at {PASSING:.0%} or more, and this one did not.")
 

@@ -33,7 +33,12 @@ def download(folder: Path) -> Path:
 def convert(gguf: Path, target: Path) -> None:
     """Saves the dequantised weights, in fp32, and the tokenizer as a folder."""
     model, tokenizer, _ = load(ModelSettings(name=str(gguf), dtype="fp32"), torch.device("cpu"))
-    replace_folder(target, lambda draft: (model.save_pretrained(draft), tokenizer.save_pretrained(draft)))
+
+    def write(draft: Path) -> None:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+
+    replace_folder(target, write)
 
 
 def main() -> None:

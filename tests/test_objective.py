@@ -362,6 +362,13 @@ def test_replay_respects_its_fraction(fraction, num_prompts, expected):
     assert len(choose("both", [MIXED] * 10, num_prompts, fraction=fraction)) == expected
 
 
+def test_replay_gives_every_group_a_chance():
+    """Where there is room for one, it is not always the first."""
+    groups = [make_group(name, [11], [BEST, WORST], [1.0, 0.0]) for name in "abc"]
+    chosen = [choose("success", groups, num_prompts=1, seed=seed) for seed in range(50)]
+    assert {prompt.problem.id for prompts in chosen for prompt in prompts} == {"a", "b", "c"}
+
+
 def test_replay_gives_what_there_is():
     assert len(choose("both", [MIXED], 100)) == 2
     assert choose("both", [], 100) == []

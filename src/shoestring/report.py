@@ -143,4 +143,8 @@ def read_metrics(folder: Path) -> list[StepReport]:
     if not path.is_file():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [StepReport(**{k: math.nan if v is None else v for k, v in line.items()}) for line in lines]
+    return [_step_report({key: math.nan if value is None else value for key, value in line.items()}) for line in lines]
+
+
+def _step_report(values: dict[str, Any]) -> StepReport:
+    return StepReport(**values)

@@ -125,9 +125,13 @@ def _over(saved: RunConfig, values: Mapping[str, Any]) -> dict[str, Any]:
     merged = saved.model_dump(exclude_none=True)
     for key, value in values.items():
         old = merged.get(key)
-        both = isinstance(value, Mapping) and isinstance(old, Mapping)
-        same = both and value.get("name", old.get("name")) == old.get("name")
-        merged[key] = {**old, **value} if same else value
+        if (
+            isinstance(value, Mapping)
+            and isinstance(old, Mapping)
+            and value.get("name", old.get("name")) == old.get("name")
+        ):
+            value = {**old, **value}
+        merged[key] = value
     return merged
 
 

@@ -91,12 +91,13 @@ def distinct_pairs(group: Group) -> list[Pair]:
             nodes[child][1] += value
             parent = child
     means = [total / count if count else 0.0 for count, total in nodes]
+    rounding = 1e-12 * max(map(abs, values), default=0.0)  # a smaller difference is that of two sums' last digits
     return [
-        Pair(row, col, _difference(means[child], means[parent]), nodes[child][0] < nodes[parent][0])
+        Pair(row, col, _difference(means[child], means[parent], rounding), nodes[child][0] < nodes[parent][0])
         for child, (parent, row, col) in enumerate(first, start=1)
     ]
 
 
-def _difference(child: float, parent: float) -> float:
-    """child - parent, and exactly 0 where only the rounding of two sums differs."""
-    return 0.0 if abs(child - parent) <= 1e-12 * max(abs(child), abs(parent)) else child - parent
+def _difference(child: float, parent: float, rounding: float) -> float:
+    """child - parent, and exactly 0 where only rounding tells them apart."""
+    return 0.0 if abs(child - parent) <= rounding else child - parent
