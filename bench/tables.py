@@ -1,0 +1,90 @@
+"""Writes the tables of README.md and docs/results.md from the files under bench/results/: no figure is typed by hand.
+
+    python bench/tables.py            rewrites what stands between <!-- table NAME --> and <!-- end -->
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+_BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def spread(values: list[float], form: str) -> str:
+    """The mean, and the least and greatest where there are several."""
+    mean = format(statistics.mean(values), form)
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({format(min(values), form)} to {format(max(values), form)})"
+
+
+def demo_compare() -> str:
+    found = result("demo-compare")
+    rows = []
+    for name in ("grpo", "s-grpo", "t-spmo"):
+        runs = [row for row in found["rows"] if row["algorithm"] == name]
+        sampled, trained = (statistics.mean(r[key] for r in runs) for key in ("tokens_sampled", "tokens_trained"))
+        rows.append(
+            [
+                f"`{name}`",
+                f"{runs[0]['before']:.1%}",
+                spread([r["after"] for r in runs], ".1%"),
+                f"{sampled:,.0f}",
+                f"{trained:,.0f} ({trained / sampled:.1%})",
+                spread([r["seconds"] for r in runs], ".0f"),
+            ]
+        )
+    seeds = len({row["seed"] for row in found["rows"]})
+    versions = found["versions"]
+    note = (
+        f"\nGreedy accuracy on {found['rows'][0]['problems']} held-out problems after {found['rows'][0]['steps']} steps; means of "
+        f"{seeds} seeds, with the least and the greatest. {found['device']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, {found['date']}.\n"
+    )
+    return table(["algorithm", "before", "after", "tokens sampled", "tokens trained", "seconds"], rows) + note
+
+
+def svamp_first() -> str:
+    rows = [
+        [
+            f"`{r['method']}`",
+            f"{r['base_accuracy']:.1%}",
+            f"{r['accuracy']:.1%} ({r['low']:.1%} to {r['high']:.1%})",
+            f"{100 * r['gain']:+.1f} points ({100 * r['gain_low']:+.1f} to {100 * r['gain_high']:+.1f})",
+            f"{r['step_chosen']} of {r['steps_run']}",
+            f"{r['tokens_trained']:,} of {r['tokens_sampled']:,}",
+            f"{r['peak_allocated_gib']:.1f}",
+            f"{r['seconds']:.0f}",
+        ]
+        for r in result("svamp-first")["rows"]
+    ]
+    headings = ["algorithm", "after sft", "after RL (95 %)", "paired gain (95 %)", "step chosen", "tokens trained"]
+    return table([*headings, "peak GiB", "seconds"], rows)
+
+
+TABLES = {"demo-compare": demo_compare, "svamp-first": svamp_first}
+
+
+def filled(text: str) -> str:
+    """A page with every block's table made anew."""
+    return _BLOCK.sub(lambda block: block[1] + TABLES[block[2]]() + block[3], text)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
