@@ -38,7 +38,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
         (["task.prompt=Hello"], "put {question} where it goes"),
         (["task.name=file:"], "does not say which"),
         (["rewards.functions=[]"], "nothing would be scored"),
-        (["rewards.weights=[1.0, 2.0]"], "each function needs one weight"),
+        (['rewards.functions=["task"]', "rewards.weights=[1.0, 2.0]"], "each function needs one weight"),
         (["noequals"], "it has no key and value"),
         (["steps.deep=1"], "steps is {'deep': 1}"),
         (["model.dtype=int8"], "model.dtype is 'int8'"),

@@ -171,7 +171,7 @@ def test_a_single_step_that_is_not_finite_is_skipped_and_the_run_goes_on(
     planted.update(at=1, until=6)  # the first step's one pass, and the search for its cause in its one group of four
     train(config(steps=3), rewards=[varied])
     assert [m["applied"] for m in metrics()] == [False, True, True]
-    assert "Step 0 was not applied" in capsys.readouterr().out
+    assert "Step 0 was not applied" in capsys.readouterr().err
 
 
 def test_extreme_ratios_stay_finite() -> None:
@@ -197,7 +197,7 @@ def test_rewards_of_ones_own_and_rows_of_ones_own() -> None:
 def test_nothing_to_learn_is_a_fact_and_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     run = train(config(steps=2), rewards=[lambda completions, **others: [0.0] * len(completions)])
     assert [(m["groups_with_signal"], m["tokens_trained"], m["applied"]) for m in metrics()] == [(0, 0, False)] * 2
-    assert "scored 0" in capsys.readouterr().out
+    assert "scored 0" in capsys.readouterr().err
     assert run.adapter.is_dir()
 
 
@@ -214,6 +214,48 @@ def test_the_best_adapter_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = weights("run")
     at_2 = load_file("run/checkpoints/step-2/adapter.safetensors")
     assert all(torch.equal(value, at_2[key.replace(".weight", ".default.weight")]) for key, value in kept.items())
+
+
+def test_a_mistake_leaves_no_folder_behind_so_that_the_same_command_works_once_it_is_mended() -> None:
+    with pytest.raises(ConfigError):
+        train(config(rewards={"functions": ["nowhere.module:f"]}), quiet=True)
+    assert not Path("run").exists()
+    train(config(steps=1), quiet=True)
+
+
+def test_a_run_with_python_rewards_is_not_resumed_without_them() -> None:
+    train(config(steps=1), rewards=[short_answers], quiet=True)
+    with pytest.raises(ConfigError, match="short_answers"):
+        train({"steps": 2}, resume="run", quiet=True)
+
+
+def test_a_scorer_that_raises_stops_the_run_with_a_checkpoint_to_go_on_from() -> None:
+    """Going on after the mend gives what a run without the fault gives."""
+    fails = {"at": 3, "calls": 0}
+
+    def fragile(completions: list[Any], **others: Any) -> list[float]:
+        fails["calls"] += 1
+        if fails["calls"] == fails["at"]:
+            raise KeyError("a bug of the user's own")
+        return varied(completions)
+
+    with pytest.raises(DataError, match="fragile"):
+        train(config(save_every=0), rewards=[fragile], quiet=True)
+    assert len(metrics()) == 2
+    train(resume="run", rewards=[fragile], quiet=True)
+    train(config(out="whole"), rewards=[varied], quiet=True)
+    assert metrics() == [
+        {**m, "reward_parts": {k.replace("varied", "fragile"): v for k, v in m["reward_parts"].items()}}
+        for m in metrics("whole")
+    ]
+
+
+def test_a_prompt_too_long_is_told_before_the_first_step() -> None:
+    rows = [{"prompt": "1*1=" if i else "9" * 1100, "answer": "1"} for i in range(40)]
+    with pytest.raises(DataError, match="longer than the model's context"):
+        train(config(), data=rows, quiet=True)
+    run = train(config(steps=14, allow_truncated_prompts=True), data=rows, quiet=True)
+    assert sum(report.prompts_truncated for report in run.reports) >= 1
 
 
 def test_order_goes_through_every_problem_once_an_epoch() -> None:

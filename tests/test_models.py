@@ -15,17 +15,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoestring import ConfigError, DataError, load_policy, train
 from shoestring.adapters import ADAPTERS
+from shoestring.algorithms import ALGORITHMS
+from shoestring.batch import collate
+from shoestring.config import OptimSettings
+from shoestring.loss import Objective
 from shoestring.models import ModelSettings, Source, load, locate, models_folder, pick_device, torch_dtype
+from shoestring.optim import build_optimizer, update
+from shoestring.policy import Policy
 from shoestring.rollout import encode
+from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.tasks.multiplication import Multiplication
-from shoestring.types import Problem
+from shoestring.types import Group, Problem, Score
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[260, 17, 18, 9, 30, 44]])
 SMALL: dict[str, Any] = {
     "steps": 2,
     "save_every": 0,
-    "sampling": {"num_prompts": 2, "num_completions": 4, "max_new_tokens": 12},
+    "algorithm": "grpo",
+    "sampling": {"num_prompts": 3, "num_completions": 6, "max_new_tokens": 24},
     "out": "run",
 }
 
@@ -49,8 +57,8 @@ def model_folder(name: str, *left_out: str, family: str | None = None) -> Path:
 
 
 def varied(completions: list[Any], **others: Any) -> list[float]:
-    """Rewards that differ within every group, whatever form the completions have."""
-    return [float(i % 3) for i, _ in enumerate(completions)]
+    """Rewards that differ within every group of completions that differ, whatever form they have."""
+    return [float(sum(map(ord, str(completion))) % 11) for completion in completions]
 
 
 def refused(name: str, **settings: Any) -> str:
@@ -192,7 +200,8 @@ def test_auto_is_bf16_on_a_gpu() -> None:
     assert pick_device("cpu") == CPU
 
 
-def test_a_hub_id_that_cannot_be_reached_is_told() -> None:
+def test_a_hub_id_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it reads the environment at its import
     assert 'model is "org/not-here"' in refused("org/not-here")
     assert "could not be loaded" in refused("not-here-at-all")
 
@@ -211,7 +220,7 @@ def test_a_models_own_code_is_not_run_unless_it_is_asked_for() -> None:
     (folder / "config.json").write_text(json.dumps({**values, "model_type": "own", "auto_map": auto}))
     (folder / "own.py").write_text(f'open({str(Path("ran").absolute())!r}, "w").close()\n')
     assert not ModelSettings().trust_remote_code
-    assert "trust_remote_code" in refused("coded")
+    assert "custom code" in refused("coded")
     assert not Path("ran").exists()
 
 
@@ -222,8 +231,8 @@ def test_a_models_own_code_is_not_run_unless_it_is_asked_for() -> None:
         ("config.json", b"{}"),
         ("config.json", b'{"model_type": "no-such-family"}'),
         ("config.json", b'{"model_type": "vit"}'),
-        ("tokenizer.json", b"{"),  # BUG: it raises another error than ConfigError
-        ("tokenizer.json", None),
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", None),  # BUG: transformers makes a tokenizer without any vocabulary, and nothing is raised
         ("model.safetensors", None),
         ("model.safetensors", b""),  # BUG: SafetensorError goes through
         ("model.safetensors", b"torn" * 100),  # BUG: SafetensorError goes through
@@ -284,12 +293,27 @@ def test_steps_on_a_short_base_are_applied_and_train_fp32_weights(dtype: str) ->
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_the_gradient_on_a_short_base_is_near_the_one_in_fp32(dtype: str) -> None:
-    """Of the first step, whose completions are drawn by near-equal probabilities; the norm agrees within a tenth."""
-    config = {**SMALL, "steps": 1}
-    whole = train({**config, "out": "whole"}, rewards=[varied], quiet=True).reports[0]
-    short = train({**config, "model": {"dtype": dtype}}, rewards=[varied], quiet=True).reports[0]
-    assert short.tokens_sampled == whole.tokens_sampled
-    assert short.grad_norm == pytest.approx(whole.grad_norm, rel=0.1)
+    """For the same completions; fp16's would underflow unscaled."""
+
+    def policy(kind: Any) -> Policy:
+        torch.manual_seed(0)
+        return load_policy(ModelSettings(dtype=kind), adapter=ADAPTERS["lora"](), device="cpu")
+
+    whole, algorithm = policy("fp32"), ALGORITHMS["grpo"]()
+    asked, _ = encode(whole, Multiplication(), [Multiplication().draw("train", i) for i in range(2)], 24)
+    found = SAMPLERS["hf"]().open(whole).sample(asked, num=6, sampling=Sampling(max_new_tokens=24), seed=0)
+    scores = tuple(Score(float(i % 3), {}) for i in range(6))
+    groups = [Group(p, completions, scores) for p, completions in zip(asked, found, strict=True)]
+    batches = collate(groups, [algorithm.credit(group, torch.Generator().manual_seed(0)) for group in groups])
+
+    def norm(policy: Policy) -> float:
+        optimizer = build_optimizer(policy.trained().values(), OptimSettings())
+        objective = Objective(**algorithm.objective._asdict())
+        report = update(policy, optimizer, batches, objective, temperature=1.0, max_grad_norm=1.0, checkpointing=False)
+        assert report.applied
+        return report.grad_norm
+
+    assert norm(policy(dtype)) == pytest.approx(norm(whole), rel=0.1)
 
 
 def test_without_a_chat_template_a_task_must_ask_in_plain_text() -> None:
@@ -317,7 +341,7 @@ def test_a_prompt_longer_than_the_context_is_cut_from_the_left_and_counted_if_as
     problems = [Problem("long", "z" * 1100 + "12*3=", "36"), Problem("short", "12*3=", "36")]
     (long, short), cut = encode(policy, Multiplication(), problems, 24, allow_truncated=True)
     assert cut == 1
-    assert (len(long.token_ids), long.prompt_len) == (1000, 1000)
+    assert (len(long.token_ids), long.answer_start) == (1000, 1000)
     assert long.token_ids == policy.encode([{"role": "user", "content": problems[0].question}])[-1000:]
     assert short.token_ids == policy.encode([{"role": "user", "content": "12*3="}])
     with pytest.raises(DataError, match="lower sampling.max_new_tokens"):
@@ -432,6 +456,8 @@ def test_a_gguf_file_in_a_short_type_is_the_same_as_the_original_in_it(dtype: An
     assert torch.equal(logits(found), logits(plain))
 
 
+# PEFT looks for a config.json beside the file, and its user can do nothing about that.
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
 def test_a_run_on_a_gguf_file_trains_and_loads_again() -> None:
     write_gguf("it.gguf", original("tied qwen2"), "qwen2")
     run = train({**SMALL, "model": "it.gguf"}, rewards=[varied], quiet=True)
@@ -442,7 +468,7 @@ def test_a_run_on_a_gguf_file_trains_and_loads_again() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all" * 50, b"GGUF" + bytes(200)])
 def test_a_file_that_is_no_gguf_in_spite_of_its_name_is_told(content: bytes) -> None:
-    """BUG: for some of these contents the reader's own error goes through."""
+    """BUG: for a file that is shorter than a header, the reader's struct.error goes through."""
     Path("it.gguf").write_bytes(content)
     assert 'model is "it.gguf"' in refused("it.gguf")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shoestring.errors import ConfigError
+from shoestring.runs import replace_folder
 from shoestring.types import Problem, Prompt
 
 
@@ -34,20 +33,21 @@ class State:
     best_step: int = -1
     skipped_in_a_row: int = 0
     """Steps in a row that were not applied because a number was not finite."""
+    culprits: str = ""
+    """The problems behind the last of them."""
 
 
 def save(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: State) -> Path:
     """Writes checkpoints/step-N, N the number of steps done, under a temporary name first; returns it."""
     target = folder / "checkpoints" / f"step-{state.step}"
-    if target.exists():
-        return target
-    draft = target.with_name(f".draft-{target.name}")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, draft / "adapter.safetensors")
-    save_file(_moments(parameters, optimizer), draft / "optimizer.safetensors")
-    (draft / "state.json").write_text(json.dumps(dataclasses.asdict(state)), encoding="utf-8")
-    os.replace(draft, target)
+
+    def write(draft: Path) -> None:
+        weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
+        save_file(weights, draft / "adapter.safetensors")
+        save_file(_moments(parameters, optimizer), draft / "optimizer.safetensors")
+        (draft / "state.json").write_text(json.dumps(dataclasses.asdict(state)), encoding="utf-8")
+
+    replace_folder(target, write)
     return target
 
 

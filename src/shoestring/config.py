@@ -46,7 +46,10 @@ class RewardSettings(Settings):
     def _a_weight_each(self) -> RewardSettings:
         if not self.functions:
             raise ConfigError("rewards.functions is empty", "nothing would be scored", 'write ["task"] or your own')
-        if self.weights is not None and len(self.weights) != len(self.functions):
+        named = (
+            "functions" in self.model_fields_set
+        )  # else they may come as Python functions, with `train(rewards=...)`
+        if named and self.weights is not None and len(self.weights) != len(self.functions):
             raise ConfigError(
                 f"rewards.weights has {len(self.weights)} values and rewards.functions {len(self.functions)}",
                 "each function needs one weight",

@@ -20,7 +20,7 @@ from shoestring import checkpoint, replay, report, runs
 from shoestring.batch import collate, has_signal
 from shoestring.checkpoint import State
 from shoestring.config import RunConfig
-from shoestring.errors import NonFiniteError
+from shoestring.errors import NonFiniteError, ShoestringError
 from shoestring.evaluation import EvalSettings, evaluate
 from shoestring.optim import UpdateReport, build_optimizer, learning_rate, set_learning_rate, update
 from shoestring.policy import Policy, load_policy
@@ -67,123 +67,159 @@ def train(
     that is possible.
     """
     rewards = tuple(rewards)
-    folder, settled = runs.open_run(config, data=data, resume=resume, own_rewards=bool(rewards))
-    scorer = Rewards(rewards or settled.rewards.functions, settled.rewards.weights)
-    return _run(folder, settled, scorer, quiet=quiet)
+    folder, settled = runs.open_run(config, data=data, resume=resume, rewards=rewards)
+    try:
+        scorer = Rewards(rewards or settled.rewards.functions, settled.rewards.weights)
+        return _run(folder, settled, scorer, quiet=quiet)
+    except ShoestringError:
+        if resume is None:
+            runs.discard_unused(folder)  # so that the same command works once the mistake is mended
+        raise
+
+
+@dataclass(frozen=True)
+class Session:
+    """What stays the same from step to step."""
+
+    folder: Path
+    config: RunConfig
+    problems: Sequence[Problem]
+    scorer: Rewards
+    policy: Policy
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    reporter: Reporter
+
+    def save(self, state: State) -> None:
+        checkpoint.save(self.folder, self.policy.trained(), self.optimizer, state)
+
+    def seed(self, step: int, *purpose: object) -> int:
+        """63 bits for one purpose of one step."""
+        return stable_hash(self.config.seed, step, *purpose) >> 1
 
 
 def _run(folder: Path, config: RunConfig, scorer: Rewards, *, quiet: bool) -> Run:
-    task, algorithm = config.task, config.algorithm
-    problems = task.problems("train")
+    problems = config.task.problems("train")
     if config.eval_every:
-        task.problems(config.evaluation.split)  # a split that is not there is found now, not at its first use
+        config.task.problems(config.evaluation.split)  # a split that is not there is found now, not at its first use
 
     torch.manual_seed(config.seed)  # the adapter's first weights; everything later draws from hashes of the seed
     policy = load_policy(config.model, adapter=config.adapter, device=config.execution.device)
-    engine = config.sampler.open(policy)
-    trained = policy.trained()
-    optimizer = build_optimizer(trained.values(), config.optim)
+    _check_longest_prompts(config, policy, problems)
+    optimizer = build_optimizer(policy.trained().values(), config.optim)
     last = checkpoint.latest(folder)
-    state = checkpoint.restore(last, trained, optimizer) if last else State()
+    state = checkpoint.restore(last, policy.trained(), optimizer) if last else State()
     report.cut_logs(folder, state.step)
 
     reporter = Reporter(folder, config.steps, quiet=quiet)
+    session = Session(folder, config, problems, scorer, policy, config.sampler.open(policy), optimizer, reporter)
     reporter.say(describe(config, policy, folder, state))
     with _signals() as stopped, reporter.running(state.step):
         while state.step < config.steps and not stopped:
-            step, clock = state.step, Clock(policy.device)
-            if config.eval_every and step % config.eval_every == 0:
-                _evaluate(folder, config, policy, engine, state, reporter)
-                clock = Clock(policy.device)
-
-            with clock.phase("sample"):
-                rollouts = _roll_out(config, policy, engine, problems, state)
-            with clock.phase("score"):
-                scored, groups = _score(config, scorer, rollouts, step)
-            with clock.phase("credit"):
-                credits = [
-                    algorithm.credit(group, torch.Generator().manual_seed(_seed(config, step, "credit", i)))
-                    for i, group in enumerate(groups)
-                ]
-                batches = collate(
-                    groups,
-                    credits,
-                    normalise=algorithm.normalise,
-                    beta=config.objective.beta,
-                    max_tokens=config.execution.micro_batch_tokens,
-                )
-            lr = learning_rate(step, config.steps, config.optim)
-            with clock.phase("train"):
-                set_learning_rate(optimizer, lr)
-                result = UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False)
-                if batches:  # without signal there is nothing to learn from, and the step is a fact to report
-                    result = update(
-                        policy,
-                        optimizer,
-                        batches,
-                        config.objective,
-                        temperature=config.sampling.temperature,
-                        max_grad_norm=config.optim.max_grad_norm,
-                        checkpointing=config.execution.checkpointing,
-                    )
-                    engine.sync(policy)
-
-            state.replays = replay.choose(
-                algorithm.replay, groups, config.sampling.num_prompts, Random(_seed(config, step, "replay"))
-            )
-            state.step += 1
-            if batches:
-                state.skipped_in_a_row = 0 if result.applied else state.skipped_in_a_row + 1
-            reporter.samples(step, rollouts, [group.scores for group in groups], credits, scored.columns)
-            reporter.step(_step_report(step, lr, groups, credits, batches, scored, result, clock))
-            _warn(reporter, step, groups, scored, result)
+            if config.eval_every and state.step % config.eval_every == 0:
+                _evaluate(session, state)
+            try:
+                _step(session, state)
+            except ShoestringError:  # raised while sampling or scoring: state and weights are those of the last step
+                session.save(state)
+                raise
             if state.skipped_in_a_row == _MOST_SKIPPED:
-                checkpoint.save(folder, trained, optimizer, state)
+                session.save(state)
                 raise NonFiniteError(
-                    f"{_MOST_SKIPPED} steps in a row (the last was {step}) had a loss or gradient that is not finite, "
-                    f"and none was applied; problems: {', '.join(result.culprits)}. A checkpoint is in {folder}."
+                    f"{_MOST_SKIPPED} steps in a row (the last was {state.step - 1}) had a loss or gradient that is "
+                    f"not finite, and none was applied; problems: {state.culprits}. A checkpoint is in {folder}."
                 )
             if config.save_every and state.step % config.save_every == 0:
-                checkpoint.save(folder, trained, optimizer, state)
-
+                session.save(state)
         if config.eval_every and not stopped:
-            _evaluate(folder, config, policy, engine, state, reporter)
-        checkpoint.save(folder, trained, optimizer, state)
-        _save_adapter(folder, config, policy)
+            _evaluate(session, state)
+        session.save(state)
+        _save_adapter(session, state)
     reporter.say(where_it_lies(folder, config, state))
     return Run(folder, config, report.read_metrics(folder), policy, stopped[0] if stopped else 0)
 
 
-def _seed(config: RunConfig, step: int, *purpose: object) -> int:
-    """63 bits for one purpose of one step."""
-    return stable_hash(config.seed, step, *purpose) >> 1
+def _step(session: Session, state: State) -> None:
+    """One step: sample, score, give credit, update, report. `state` moves at its end, once all of it is done."""
+    config, algorithm, step = session.config, session.config.algorithm, state.step
+    clock = Clock(session.policy.device)
+    with clock.phase("sample"):
+        rollouts, num_cut = _roll_out(session, state)
+    with clock.phase("score"):
+        scored, groups = _score(session, rollouts, step)
+    with clock.phase("credit"):
+        generators = [torch.Generator().manual_seed(session.seed(step, "credit", i)) for i in range(len(groups))]
+        credits = [algorithm.credit(group, generator) for group, generator in zip(groups, generators, strict=True)]
+        batches = collate(
+            groups,
+            credits,
+            normalise=algorithm.normalise,
+            beta=config.objective.beta,
+            max_tokens=config.execution.micro_batch_tokens,
+        )
+    with clock.phase("train"):
+        set_learning_rate(session.optimizer, learning_rate(step, config.steps, config.optim))
+        result = UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False)
+        if batches:  # without signal there is nothing to learn from, and the step is a fact to report
+            result = update(
+                session.policy,
+                session.optimizer,
+                batches,
+                config.objective,
+                temperature=config.sampling.temperature,
+                max_grad_norm=config.optim.max_grad_norm,
+                checkpointing=config.execution.checkpointing,
+            )
+            session.engine.sync(session.policy)
+            state.skipped_in_a_row = 0 if result.applied else state.skipped_in_a_row + 1
+            state.culprits = ", ".join(result.culprits)
+    state.cursor += config.sampling.num_prompts - len(state.replays)
+    state.replays = replay.choose(
+        algorithm.replay, groups, config.sampling.num_prompts, Random(session.seed(step, "replay"))
+    )
+    state.step += 1
+    session.reporter.samples(step, rollouts, [group.scores for group in groups], credits, scored.columns)
+    session.reporter.step(_step_report(session, step, groups, credits, batches, scored, result, clock, num_cut))
+    _warn(session.reporter, step, groups, result)
 
 
 # --- the stages of a step -------------------------------------------------------------------------------------------
 
 
-def _roll_out(
-    config: RunConfig, policy: Policy, engine: Engine, problems: Sequence[Problem], state: State
-) -> list[Rollout]:
-    """Fresh problems, and prefixes that replay wants to see continued; moves `state.cursor`."""
-    sampling, step = config.sampling, state.step
+def _roll_out(session: Session, state: State) -> tuple[list[Rollout], int]:
+    """Completions of fresh problems, and of the prefixes that replay wants to see continued; counts cut prompts."""
+    config, sampling, step = session.config, session.config.sampling, state.step
     num_fresh = sampling.num_prompts - len(state.replays)
-    chosen = [problems[i] for i in order(len(problems), config.seed, state.cursor, num_fresh)]
-    state.cursor += num_fresh
-    fresh, _ = encode(
-        policy, config.task, chosen, sampling.max_new_tokens, allow_truncated=config.allow_truncated_prompts
+    chosen = [session.problems[i] for i in order(len(session.problems), config.seed, state.cursor, num_fresh)]
+    fresh, num_cut = encode(
+        session.policy, config.task, chosen, sampling.max_new_tokens, allow_truncated=config.allow_truncated_prompts
     )
 
     def rolled(prompts: list[Prompt], num: int, purpose: str) -> list[Rollout]:
-        seed = _seed(config, step, purpose)
-        return roll_out(policy, engine, prompts, num=num, sampling=sampling, seed=seed)
+        seed = session.seed(step, purpose)
+        return roll_out(session.policy, session.engine, prompts, num=num, sampling=sampling, seed=seed)
 
     rollouts = rolled(fresh, sampling.num_completions, "sample")
     if state.replays:
-        rollouts += rolled(
-            state.replays, config.algorithm.replay.completions or sampling.num_completions, "sample replays"
+        num = config.algorithm.replay.completions or sampling.num_completions
+        rollouts += rolled(state.replays, num, "sample replays")
+    return rollouts, num_cut
+
+
+def _check_longest_prompts(config: RunConfig, policy: Policy, problems: Sequence[Problem], num: int = 32) -> None:
+    """Encodes the prompts with the longest text, so that one too long is told now and not in the middle of the run.
+
+    Of data that lie in memory; those that are made as they are read would all have to be made.
+    """
+    if isinstance(problems, (list, tuple)):
+        longest = sorted(problems, key=lambda problem: -len(problem.question))[:num]
+        encode(
+            policy,
+            config.task,
+            longest,
+            config.sampling.max_new_tokens,
+            allow_truncated=config.allow_truncated_prompts,
         )
-    return rollouts
 
 
 def order(count: int, seed: int, start: int, num: int) -> list[int]:
@@ -201,27 +237,29 @@ def order(count: int, seed: int, start: int, num: int) -> list[int]:
     return chosen
 
 
-def _score(config: RunConfig, scorer: Rewards, rollouts: Sequence[Rollout], step: int) -> tuple[Scored, list[Group]]:
+def _score(session: Session, rollouts: Sequence[Rollout], step: int) -> tuple[Scored, list[Group]]:
     rows = [
         Row(rollout.prompt.problem, text, completion.token_ids)
         for rollout in rollouts
         for text, completion in zip(rollout.texts, rollout.completions, strict=True)
     ]
-    scored = scorer.score(config.task, rows, TrainerState(global_step=step, max_steps=config.steps))
+    state = TrainerState(global_step=step, max_steps=session.config.steps)
+    scored = session.scorer.score(session.config.task, rows, state)
     scores = iter(scored.scores)
     groups = [Group(r.prompt, r.completions, tuple(next(scores) for _ in r.completions)) for r in rollouts]
     return scored, groups
 
 
 def _step_report(
+    session: Session,
     step: int,
-    lr: float,
     groups: Sequence[Group],
     credits: Sequence[Credit],
     batches: Sequence[Any],
     scored: Scored,
     result: UpdateReport,
     clock: Clock,
+    num_cut: int,
 ) -> StepReport:
     scores = [score for group in groups for score in group.scores]
     completions = [completion for group in groups for completion in group.completions]
@@ -240,12 +278,13 @@ def _step_report(
         tokens_trained=sum(len(batch.row) for batch in batches),
         tokens_run=sum(batch.input_ids.numel() for batch in batches),
         truncated=sum(c.stop == "length" for c in completions),
+        prompts_truncated=num_cut,
         loss=result.loss,
         grad_norm=result.grad_norm,
         kl=result.kl,
         clip_fraction=result.clip_fraction,
         sampler_gap=result.sampler_gap,
-        lr=lr,
+        lr=learning_rate(step, session.config.steps, session.config.optim),
         applied=result.applied,
         seconds=clock.seconds,
         peak_bytes=clock.peak_bytes(),
@@ -256,53 +295,54 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _warn(reporter: Reporter, step: int, groups: Sequence[Group], scored: Scored, result: UpdateReport) -> None:
+def _warn(reporter: Reporter, step: int, groups: Sequence[Group], result: UpdateReport) -> None:
     """What a user should not have to find out by reading metrics."""
+    scores = [score.value for group in groups for score in group.scores]
+    cut = [completion.stop == "length" for group in groups for completion in group.completions]
     if result.culprits:
-        reporter.say(
+        reporter.warn(
             f"Step {step} was not applied: the loss or gradient of {', '.join(result.culprits)} is not finite "
             f"(loss {result.loss}, norm {result.grad_norm})."
         )
-    if step == 0 and all(score.value == 0 for score in scored.scores):
-        reporter.say(
-            f"WARNING: all {len(scored.scores)} completions of the first step scored 0, so nothing could be learnt "
+    if step == 0 and not any(scores):
+        reporter.warn(
+            f"WARNING: all {len(scores)} completions of the first step scored 0, so nothing could be learnt "
             "from it. Look at samples.jsonl: is the answer there, and does the scorer find it? A model too weak to "
             "earn any reward needs a warm start (shoestring sft) or easier problems."
         )
-    cut = [c.stop == "length" for group in groups for c in group.completions]
     if step == 0 and sum(cut) > 0.5 * len(cut):
-        reporter.say(
+        reporter.warn(
             f"WARNING: {sum(cut)} of {len(cut)} completions of the first step were cut off at sampling.max_new_tokens."
         )
 
 
-def _evaluate(
-    folder: Path, config: RunConfig, policy: Policy, engine: Engine, state: State, reporter: Reporter
-) -> None:
+def _evaluate(session: Session, state: State) -> None:
     """Greedy accuracy on the run's own evaluation problems; keeps the best adapter if the config says so."""
+    config = session.config
     settings = EvalSettings(
         split=config.evaluation.split, num=config.evaluation.num, max_new_tokens=config.sampling.max_new_tokens
     )
-    found = evaluate(policy, engine, config.task, settings)
+    found = evaluate(session.policy, session.engine, config.task, settings)
     best = found.accuracy > state.best_accuracy
     if best:
         state.best_accuracy, state.best_step = found.accuracy, state.step
         if config.evaluation.keep == "best":
-            runs.replace_folder(folder / "best", lambda draft: policy.save_adapter(str(draft)))
-    values = {"step": state.step, **found.as_json(), "best_so_far": best}
-    reporter.evaluation(values)
+            folder = session.folder / "best" / f"step-{state.step}"
+            runs.replace_folder(folder, lambda draft: session.policy.save_adapter(str(draft)))
+    session.reporter.evaluation({"step": state.step, **found.as_json(), "best_so_far": best})
 
 
-def _save_adapter(folder: Path, config: RunConfig, policy: Policy) -> None:
+def _save_adapter(session: Session, state: State) -> None:
     """The adapter that the run ends with, in PEFT's format."""
+    best = session.folder / "best" / f"step-{state.best_step}"
 
     def write(draft: Path) -> None:
-        if config.evaluation.keep == "best" and (folder / "best").is_dir():
-            shutil.copytree(folder / "best", draft, dirs_exist_ok=True)
+        if session.config.evaluation.keep == "best" and best.is_dir():
+            shutil.copytree(best, draft, dirs_exist_ok=True)
         else:
-            policy.save_adapter(str(draft))
+            session.policy.save_adapter(str(draft))
 
-    runs.replace_folder(folder / "adapter", write)
+    runs.replace_folder(session.folder / "adapter", write)
 
 
 # --- around the loop ------------------------------------------------------------------------------------------------

@@ -45,6 +45,10 @@ class Reporter:
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False)
 
+    def warn(self, text: str) -> None:
+        """What must not be missed, said also by a quiet run."""
+        Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+
     def step(self, report: StepReport) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(report).items()}
         self._append("metrics.jsonl", finite)  # JSON knows no NaN
@@ -117,14 +121,13 @@ def one_line(report: StepReport, steps: int) -> str:
 def cut_logs(folder: Path, steps: int) -> None:
     """Drops what the logs hold of steps that a resumed run is going to do again, and lines that a kill left torn.
 
-    An evaluation stands for the steps before it, so that of step N stays with a checkpoint of N steps.
+    The evaluation that is due at step `steps` is done again too.
     """
     for name in LOGS:
         path = folder / name
         if not path.is_file():
             continue
-        last = steps if name == "evals.jsonl" else steps - 1
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last]
+        kept = [line for line in path.read_text(encoding="utf-8").split("\n") if line and _step_of(line) < steps]
         draft = path.with_name(f".draft-{name}")
         draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(draft, path)

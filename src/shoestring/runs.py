@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,59 @@ from shoestring.settings import build
 # What a resumed run may change: how long it is and how it is carried out, not what it computes.
 _MAY_CHANGE = ("steps", "save_every", "out", "execution.")
 
+_PYTHON = "python:"  # stands before the name of a reward that was handed over as a function
+
 
 def open_run(
     config: RunConfig | Mapping[str, Any] | str | Path | None,
     *,
     data: Iterable[Mapping[str, Any]] | None,
     resume: str | Path | None,
-    own_rewards: bool = False,
+    rewards: Sequence[Callable[..., Any] | str] = (),
 ) -> tuple[Path, RunConfig]:
     """The folder and the settled config of a new run or of one to go on with; config.toml lies in the folder after
     it."""
     if resume is not None:
         settled = resumed_config(Path(resume), config)
-        write_config(Path(resume), settled)
+        _check_rewards_are_back(Path(resume), settled, rewards)
+        write_config(Path(resume), _with_rewards(settled, rewards))
         return Path(resume), settled
     if data is not None:
         values = config.model_dump(exclude_none=True) if isinstance(config, RunConfig) else _values(config)
         folder = _new_folder(values.get("out"), "file", _algorithm_name(values))
-        task = _write_data(folder, data, values.get("task") or {}, own_rewards)
+        task = _write_data(folder, data, values.get("task") or {}, bool(rewards) and "task" not in rewards)
         settled = configs.settle({**values, "task": task, "out": str(folder)})
     else:
         settled = config if isinstance(config, RunConfig) else configs.settle(_values(config))
         folder = _new_folder(settled.out, settled.task.name, settled.algorithm.name)
         settled = settled.model_copy(update={"out": str(folder)})
-    write_config(folder, settled)
+    write_config(folder, _with_rewards(settled, rewards))
     return folder, settled
+
+
+def _with_rewards(config: RunConfig, rewards: Sequence[Callable[..., Any] | str]) -> RunConfig:
+    """The config with the names of Python functions in it, so that a resumed run can ask for them."""
+    if not rewards:
+        return config
+    names = tuple(f if isinstance(f, str) else f"{_PYTHON}{getattr(f, '__name__', type(f).__name__)}" for f in rewards)
+    return config.model_copy(update={"rewards": config.rewards.model_copy(update={"functions": names})})
+
+
+def _check_rewards_are_back(folder: Path, config: RunConfig, rewards: Sequence[Any]) -> None:
+    missing = [name.removeprefix(_PYTHON) for name in config.rewards.functions if name.startswith(_PYTHON)]
+    if missing and not rewards:
+        raise ConfigError(
+            f"the run to resume is {folder}",
+            f"its rewards were the Python functions {', '.join(missing)}, which only Python can hand over again",
+            "resume it from Python: train(resume=..., rewards=[...])",
+        )
+
+
+def discard_unused(folder: Path) -> None:
+    """Removes a new run's folder if nothing but its config (and data) has come into it."""
+    names = {path.name for path in folder.iterdir()}
+    if names <= {"config.toml", "data"}:
+        shutil.rmtree(folder)
 
 
 def _values(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:

@@ -134,6 +134,7 @@ class StepReport:
     tokens_trained: int
     tokens_run: int
     truncated: int
+    prompts_truncated: int
     loss: float
     grad_norm: float
     kl: float
