@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from shoestring import config as configs
 from shoestring.config import RunConfig, load, settle
 from shoestring.errors import ConfigError, ShoestringError, nearest

@@ -6,8 +6,8 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from shoestring import config as configs
 from shoestring.adapters import ADAPTERS
 from shoestring.algorithms import ALGORITHMS

@@ -101,10 +101,10 @@ def test_what_a_run_leaves_behind() -> None:
 
 def test_the_adapter_loads_with_plain_peft_and_the_base_is_untouched() -> None:
     from peft import PeftModel
-    from tiny import TINY
     from transformers import AutoModelForCausalLM
 
     from shoestring.adapters.base import quiet_peft
+    from tiny import TINY
 
     run = train(config(), quiet=True)
     base = AutoModelForCausalLM.from_pretrained(TINY)

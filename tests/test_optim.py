@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_policy import batches_of, sampled_groups
-from tiny import FAMILIES, random_policy
 from torch import nn
 
 from shoestring.config import OptimSettings
 from shoestring.optim import clip_gradient, learning_rate
+from test_policy import batches_of, sampled_groups
+from tiny import FAMILIES, random_policy
 
 
 def with_gradient(*values: float) -> nn.Parameter:

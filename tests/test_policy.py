@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, VOCAB, prompt, random_model, random_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoestring import heads
@@ -21,6 +20,7 @@ from shoestring.optim import build_optimizer, update
 from shoestring.policy import Policy
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.types import Batch, Group, Score
+from tiny import FAMILIES, VOCAB, prompt, random_model, random_policy
 
 OBJECTIVE = Objective(beta=0.0, clip_low=0.2, clip_high=0.2, updates=1, l2=0.0)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, prompt, random_policy
 
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.samplers.draw import draw, filtered, noise
 from shoestring.samplers.hf import HfEngine
 from shoestring.types import Completion
+from tiny import FAMILIES, prompt, random_policy
 
 PROMPTS = [prompt(4, 0), prompt(9, 1), prompt(6, 2)]
 SAMPLING = Sampling(max_new_tokens=10)
@@ -46,9 +46,8 @@ def test_stops_and_limits(name: str) -> None:
     policy = random_policy()
     policy.eos_ids = tuple(range(0, 60))  # so that many rows end early, each at its own time
     forced = [prompt(5, 3), prompt(5, 4, prefix=4), prompt(7, 5, prefix=9)]
-    for p, group in zip(
-        forced, SAMPLERS[name]().open(policy).sample(forced, num=8, sampling=SAMPLING, seed=3), strict=True
-    ):
+    found = SAMPLERS[name]().open(policy).sample(forced, num=8, sampling=SAMPLING, seed=3)
+    for p, group in zip(forced, found, strict=True):
         limit = max(10 - len(p.prefix), 1)
         for c in group:
             assert len(c.token_ids) == len(c.logprobs) <= limit
