@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shoestring import evaluate, load, load_policy, train
-from shoestring.environment import device_name, versions
+from shoestring.environment import command, device_name, versions
 from shoestring.evaluation import EvalSettings, Evaluation
 from shoestring.policy import Policy
 from shoestring.samplers import SAMPLERS
@@ -111,7 +111,7 @@ def compare(steps: int | None, seed: int) -> bool:
     }
     (root / "result.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     console.print(f"result:   {root / 'result.json'}")
-    console.print(f"adapters, metrics and samples: {root}/<algorithm>/; evaluate one by: shoestring eval {root}/grpo")
+    console.print(f"adapters, metrics and samples: {root}/<algorithm>/; evaluate one by: {command()} eval {root}/grpo")
     return all(r["after"] >= PASSING for r in results)
 
 

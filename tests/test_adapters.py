@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny import FAMILIES, VOCAB, random_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from shoestring.adapters import ADAPTERS
 from shoestring.adapters.base import chosen_layers, decoder_layers, quiet_peft
 from shoestring.errors import ConfigError
+from tiny import FAMILIES, VOCAB, random_model
 
 IDS = torch.tensor([[260, 17, 18, 9, 30, 44, 5]])
 LINEAR = {

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT
-from tiny import TINY
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from conftest import ROOT
 from shoestring import cli
 from shoestring import config as configs
 from shoestring.adapters import ADAPTERS
@@ -22,6 +23,7 @@ from shoestring.algorithms import ALGORITHMS
 from shoestring.samplers import SAMPLERS
 from shoestring.supervised import SftConfig
 from shoestring.tasks import TASKS, gym
+from tiny import TINY
 
 COMMANDS = ["train", "eval", "sample", "sft", "merge", "list", "env"]
 SMALL = ["steps=2", "sampling.num_prompts=2", "sampling.num_completions=3", "sampling.max_new_tokens=16", "out=run"]
@@ -80,6 +82,7 @@ def prepared() -> None:
         "empty.jsonl": "",
         "mute.jsonl": '{"text": "2*3=", "answer": "6"}\n',
         "vague.jsonl": '{"prompt": "2*3=", "answer": "a lot of apples"}\n',
+        "train.jsonl": '{"prompt": "2*3=", "answer": "6"}\n',
         "torn.jsonl": '{"prompt": "2*3=", "answer": "6"}\n{"prompt": \n',
         "bad.toml": "steps = \n",
         "notes.txt": "no model",
@@ -136,8 +139,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["sample", "./nowhere", "--task", "multiplication"], "there is no such folder"),
     (["sft", "epoch=1"], 'did you mean "epochs"'),
     (["sft", "out=full"], "something lies there already"),
-    (["sft", "task.name=gym:chain_sum"], "no worked solutions"),
-    (["sft", "max_length=4"], "no example is short enough"),
+    (["sft", "task.name=file:train.jsonl"], "no worked solutions"),
+    (["sft", "num=8", "max_length=4"], "no example is short enough"),
     (["merge", "nowhere", "out"], "nowhere"),
     (["merge", "tiny", "out"], "no adapter to merge"),
     (["merge", "tiny", "full"], "something lies there already"),
@@ -146,12 +149,16 @@ MISTAKES: list[tuple[list[str], str]] = [
 USAGE: list[tuple[list[str], str]] = [
     (["tarin"], "tarin"),
     (["train", "--resum", "x"], "--resum"),
-    (["eval", "tiny", "--num", "many"], "many"),
-    (["merge", "run"], "OUT"),
+    (["eval", "tiny", "--num", "many"], "--num"),
+    (["merge", "run"], "'out'"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "says"), MISTAKES, ids=lambda value: " ".join(value) if value else "")
+def named(value: list[str] | str) -> str | None:
+    return " ".join(value) if isinstance(value, list) else ""
+
+
+@pytest.mark.parametrize(("arguments", "says"), MISTAKES, ids=named)
 def test_a_mistake_is_three_parts_on_stderr_and_code_2(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
 ) -> None:
@@ -170,7 +177,7 @@ def test_a_mistake_is_three_parts_on_stderr_and_code_2(
     assert {name: after[name] for name in before} == before
 
 
-@pytest.mark.parametrize(("arguments", "says"), USAGE, ids=lambda value: " ".join(value) if value else "")
+@pytest.mark.parametrize(("arguments", "says"), USAGE, ids=named)
 def test_an_unknown_command_or_option_is_told(shell: Shell, arguments: list[str], says: str) -> None:
     done = shell(*arguments)
     assert (done.code, done.out) == (2, "")
@@ -210,9 +217,8 @@ def test_an_override_that_is_no_setting_of_the_task_is_refused(shell: Shell) -> 
 
 
 def test_after_a_mistake_the_same_folder_can_be_used(shell: Shell) -> None:
-    """BUG: a run refused before its first step has already put config.toml into its folder, which blocks the mended
-    command."""
-    assert shell("train", "--quiet", *SMALL, 'rewards.functions=["nowhere.module:f"]').code == 2
+    for mistake in ('rewards.functions=["nowhere.module:f"]', "model=./nowhere", "task.name=file:none.jsonl"):
+        assert shell("train", "--quiet", *SMALL, mistake).code == 2
     shell.fine("train", "--quiet", *SMALL)
 
 
@@ -322,13 +328,15 @@ def test_train_resumes_from_the_command_line(shell: Shell) -> None:
     assert configs.load("run/config.toml").steps == 4
 
 
-def test_eval_of_a_run_prints_one_json_object_with_the_fixed_keys(shell: Shell, run_folder: Path) -> None:
+def test_eval_of_a_run_prints_one_json_object_with_the_fixed_keys(shell: Shell) -> None:
+    done = shell("train", "--quiet", *SMALL, "sampling.max_new_tokens=6")
+    assert (done.code, done.out) == (0, "")
+    assert "WARNING: 6 of 6 completions of the first step were cut off" in done.err  # even a quiet run says so
     values = figures(shell.fine("eval", "run", "--num", "10", "--json"))
     assert (values["task"], values["split"], values["problems"]) == ("multiplication", "test", 10)
     assert values["low"] <= values["accuracy"] <= values["high"]
     assert values["pass_at_k"] == values["maj_at_k"] == {"1": values["accuracy"]}
-    assert values["truncated"] > 0  # the limit is the run's own 16 tokens
-    assert values["tokens"] <= 160
+    assert (values["truncated"], values["tokens"]) == (1.0, 60)  # the limit is the run's own
 
 
 def test_eval_of_a_base_model_needs_a_task_and_takes_its_settings(shell: Shell) -> None:
@@ -352,7 +360,7 @@ def test_eval_without_any_argument_is_the_default_model_on_the_default_task(shel
 
 def test_eval_prints_a_table_with_intervals(shell: Shell) -> None:
     options = ["--task", "multiplication", "--num", "10", "--max-new-tokens", "16"]
-    text = shell.fine("eval", "tiny", *options, "--k", "1,2")
+    text = " ".join(shell.fine("eval", "tiny", *options, "--k", "1,2").split())
     for part in ("10 problems", "accuracy", "pass@2", "maj@2", "95 % interval"):
         assert part in text
 
@@ -373,10 +381,15 @@ def test_a_merged_model_evaluates_as_the_run_does(shell: Shell, monkeypatch: pyt
     assert shell.fine("merge", "run", "merged") == "model: merged\n"
     assert not [path for path in Path("merged").iterdir() if path.suffix in (".bin", ".pt")]
     options = ["--num", "20", "--max-new-tokens", "24", "--json"]
-    for details, target in (("run", []), ("merged", ["--task", "multiplication"]), ("tiny", ["--task", "multiplication"])):
+    for details, target in (
+        ("run", []),
+        ("merged", ["--task", "multiplication"]),
+        ("tiny", ["--task", "multiplication"]),
+    ):
         shell.fine("eval", details, *target, *options, "--details", f"{details}.json")
-    run, merged = (json.loads(Path(f"{name}.json").read_text()) for name in ("run", "merged"))
-    assert (run["outcomes"], run["tokens"]) == (merged["outcomes"], merged["tokens"])
+    found = {name: json.loads(Path(f"{name}.json").read_text()) for name in ("run", "merged", "tiny")}
+    run, merged, base = ((values["outcomes"], values["tokens"]) for values in found.values())
+    assert run == merged != base
     done = shell("merge", "run", "merged")
     assert done.code == 2
     assert "something lies there already" in done.err
@@ -386,12 +399,24 @@ def test_a_merged_model_evaluates_as_the_run_does(shell: Shell, monkeypatch: pyt
     assert Path("again/model.safetensors").read_bytes() == Path("merged/model.safetensors").read_bytes()
 
 
-def test_merge_keeps_the_bases_type(shell: Shell) -> None:
-    from safetensors.torch import load_file
+def types(folder: str) -> set[torch.dtype]:
+    return {value.dtype for value in load_file(f"{folder}/model.safetensors").values()}
 
+
+def test_merge_writes_the_type_that_the_run_asked_for(shell: Shell) -> None:
     shell.fine("train", "--quiet", *SMALL, "model.dtype=bf16")
     shell.fine("merge", "run", "merged")
-    assert {value.dtype for value in load_file("merged/model.safetensors").values()} == {torch.bfloat16}
+    assert types("merged") == {torch.bfloat16}
+
+
+def test_merge_keeps_the_type_of_a_base_that_lies_there_in_bf16(shell: Shell) -> None:
+    """BUG: with dtype "auto" the base is loaded in fp32, its config then says fp32, and so is what is written."""
+    shutil.copytree(TINY, "base")
+    AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).save_pretrained("base")
+    assert types("base") == {torch.bfloat16}
+    shell.fine("train", "--quiet", *SMALL, "model=./base")
+    shell.fine("merge", "run", "merged")
+    assert types("merged") == {torch.bfloat16}
 
 
 def test_a_warm_start_goes_into_training(shell: Shell) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from tiny import TINY, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoestring import ConfigError, DataError, load_policy, train
@@ -26,6 +25,7 @@ from shoestring.rollout import encode
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.tasks.multiplication import Multiplication
 from shoestring.types import Group, Problem, Score
+from tiny import TINY, random_model
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[260, 17, 18, 9, 30, 44]])
@@ -344,13 +344,16 @@ def test_a_prompt_longer_than_the_context_is_cut_from_the_left_and_counted_if_as
     assert (len(long.token_ids), long.answer_start) == (1000, 1000)
     assert long.token_ids == policy.encode([{"role": "user", "content": problems[0].question}])[-1000:]
     assert short.token_ids == policy.encode([{"role": "user", "content": "12*3="}])
-    with pytest.raises(DataError, match="lower sampling.max_new_tokens"):
+    with pytest.raises(DataError, match=r"lower sampling\.max_new_tokens"):
         encode(policy, Multiplication(), problems, 1024, allow_truncated=True)  # no room for a prompt at all
 
 
 def test_a_run_with_cut_prompts_goes_through() -> None:
-    run = train({**SMALL, "steps": 1, "allow_truncated_prompts": True}, data=ROWS, rewards=[varied], quiet=True)
-    assert run.reports[0].applied
+    few = {"num_prompts": 1, "num_completions": 4, "max_new_tokens": 16}
+    config = {**SMALL, "steps": 1, "allow_truncated_prompts": True, "sampling": few}
+    run = train(config, data=ROWS, rewards=[varied], quiet=True)
+    assert run.reports[0].tokens_sampled > 0
+    assert run.reports[0].prompts_truncated == 1
 
 
 def test_evaluations_during_a_run_with_cut_prompts_cut_them_too() -> None:
@@ -464,6 +467,15 @@ def test_a_run_on_a_gguf_file_trains_and_loads_again() -> None:
     assert all(report.applied for report in run.reports)
     policy = load_policy(ModelSettings(name="run"), device="cpu")
     assert torch.equal(logits(policy.base), logits(run.policy.base))
+
+
+# As above.
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
+def test_the_bare_adapter_of_a_run_on_a_gguf_file_finds_the_file() -> None:
+    """BUG: PEFT notes the file's folder as the base, without the file."""
+    write_gguf("it.gguf", original("tied qwen2"), "qwen2")
+    train({**SMALL, "model": "it.gguf", "steps": 1}, rewards=[varied], quiet=True)
+    assert locate("run/adapter").gguf_file == "it.gguf"
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all" * 50, b"GGUF" + bytes(200)])

@@ -42,7 +42,7 @@ def test_waves_choose_no_token(name: str, max_rows: int) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_stops_and_limits(name: str) -> None:
-    """A completion ends with an end token or at the limit; a forced prefix counts towards the limit, and is not in it."""
+    """A completion ends with an end token or at the limit, to which a forced prefix counts."""
     policy = random_policy()
     policy.eos_ids = tuple(range(0, 60))  # so that many rows end early, each at its own time
     forced = [prompt(5, 3), prompt(5, 4, prefix=4), prompt(7, 5, prefix=9)]

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
+import sys
 from importlib import metadata
 
 PACKAGES = ("shoestring", "torch", "transformers", "peft", "tokenizers", "safetensors", "pydantic", "math-verify")
+
+
+def command() -> str:
+    """How to call the command line from here: by its name where that is on the PATH, else through this Python."""
+    if shutil.which("shoestring"):
+        return "shoestring"
+    here = os.path.relpath(sys.executable)
+    return f"{sys.executable if here.startswith('..') else here} -m shoestring"
 
 
 def versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ from shoestring import checkpoint, replay, report, runs
 from shoestring.batch import collate, has_signal
 from shoestring.checkpoint import State
 from shoestring.config import RunConfig
+from shoestring.environment import command
 from shoestring.errors import NonFiniteError, ShoestringError
 from shoestring.evaluation import EvalSettings, evaluate
 from shoestring.optim import UpdateReport, build_optimizer, learning_rate, set_learning_rate, update
@@ -411,7 +412,7 @@ def where_it_lies(folder: Path, config: RunConfig, state: State) -> str:
             f"adapter:  {folder / 'adapter'}{kept}",
             f"metrics:  {folder / 'metrics.jsonl'}",
             f"samples:  {folder / 'samples.jsonl'}",
-            f"evaluate: shoestring eval {folder}",
+            f"evaluate: {command()} eval {folder}",
         ]
-        + ([f"go on:    shoestring train --resume {folder}"] if state.step < config.steps else [])
+        + ([f"go on:    {command()} train --resume {folder}"] if state.step < config.steps else [])
     )

@@ -19,6 +19,7 @@ from shoestring import runs
 from shoestring.adapters import ADAPTERS
 from shoestring.batch import Row, cut_rows, pad_rows
 from shoestring.config import ExecutionSettings, OptimSettings, named_model
+from shoestring.environment import command
 from shoestring.errors import ConfigError, DataError
 from shoestring.models import ModelSettings
 from shoestring.optim import build_optimizer, clip_gradient, learning_rate, set_learning_rate
@@ -76,7 +77,7 @@ def sft(config: SftConfig | Mapping[str, Any]) -> Path:
     losses = _train(policy, config, rows, folder, console)
     _save(policy, config, folder / "model")
     console.print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}\nmodel:    {folder / 'model'}")
-    console.print(f"evaluate: shoestring eval {folder / 'model'} --task {config.task.name}", soft_wrap=True)
+    console.print(f"evaluate: {command()} eval {folder / 'model'} --task {config.task.name}", soft_wrap=True)
     return folder / "model"
 
 
