@@ -6,7 +6,7 @@ STEPS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-compare test check format docs smollm2 tiny-model clean
+.PHONY: help demo demo-compare test check format smollm2 tiny-model clean
 
 help:  ## What there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16

@@ -45,6 +45,8 @@ def run(algorithm: str, steps: int | None, seed: int, out: Path) -> dict[str, An
     started = time.perf_counter()
     finished = train(config)
     seconds = time.perf_counter() - started
+    if finished.stopped_by:
+        sys.exit(128 + finished.stopped_by)
     after = measure(finished.policy, config)
     console.print(f"after:  {after.accuracy:.1%}", end="")
     console.print(f" (95 % interval {after.low:.1%} to {after.high:.1%}), {seconds:.0f} s of training\n")

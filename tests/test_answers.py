@@ -387,3 +387,21 @@ def test_groupings_are_one_number(number: int) -> None:
 @given(st.fractions(), st.fractions())
 def test_other_numbers_are_wrong(a: Fraction, b: Fraction) -> None:
     assert is_correct(f"#### {a}", str(b)) is (a == b)
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "right"),
+    [
+        (r"\boxed{x+1}", "1", False),
+        (r"\boxed{n+1}", "1", False),
+        (r"\boxed{(x+1)^2}", "1", False),
+        (r"\boxed{a+5}", "5", False),
+        ("The answer is x+1.", "1", False),
+        ("#### x+1", "x+1", True),
+        (r"\boxed{(x+1)^2}", "(x+1)^2", True),
+        ("#### +5", "5", True),
+        ("It is COVID-19", "19", True),
+    ],
+)
+def test_a_number_of_a_sum_with_letters_is_not_the_answer(text: str, gold: str, right: bool) -> None:
+    assert is_correct(text, gold) is right

@@ -43,6 +43,9 @@ RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
         (["steps.deep=1"], "steps is {'deep': 1}"),
         (["model.dtype=int8"], "model.dtype is 'int8'"),
         (["task=3"], "it does not say which one"),
+        (["objective=5"], "objective is 5"),
+        (["adapter.modules=[]"], "adapter.modules"),
+        (["adapter.layers=foo"], "adapter.layers is 'foo'"),
     ],
 )
 def test_mistakes_have_three_parts(overrides: list[str], says: str) -> None:
@@ -89,6 +92,14 @@ def test_overrides_reach_nested_keys_and_a_new_name_starts_its_table_afresh() ->
     )
     assert (config.algorithm.name, config.optim.betas, config.model.name) == ("t-spmo", (0.8, 0.9), "x/y")
     assert load(None, ["model=a/b", "model.dtype=fp32"]).model.dtype == "fp32"
+
+
+def test_naming_what_is_meant_anyway_loses_no_setting() -> None:
+    assert load(None, ["algorithm.alpha=8", "algorithm.k=16", "algorithm.name=s-grpo"]).algorithm.alpha == 8
+    recipe = ROOT / "recipes" / "svamp-qwen2-1.5b.toml"
+    assert load(recipe, ["adapter.name=lora"]).adapter.layers == "last-third"
+    assert load(None, ["algorithm.u_count=branching", "algorithm.name=t-spmo"]).algorithm.u_count == "branching"
+    assert load(ROOT / "recipes" / "demo.toml", ["task.name=gsm8k"]).task.name == "gsm8k"
 
 
 def test_the_objective_takes_the_algorithms_defaults_where_nothing_is_said() -> None:

@@ -59,6 +59,9 @@ def test_majority() -> None:
     ("settings", "says"),
     [
         ({"ks": (0,)}, "at least one completion"),
+        ({"num": -5}, "num is -5"),
+        ({"max_new_tokens": 0}, "it counts something"),
+        ({"temperature": -1.0}, "it divides the logits"),
         ({"ks": (4,), "samples": 2}, "at least 4 samples"),
         ({"ks": (4,), "temperature": 0.0}, "greedy completions are all the same"),
     ],
@@ -81,6 +84,8 @@ def test_the_embedded_model_greedy_and_sampled() -> None:
     assert whole.outcomes == greedy.outcomes  # the size of a batch chooses nothing
     sampled = evaluate(policy, engine, task, EvalSettings(num=40, ks=(1, 4), max_new_tokens=64))
     assert sampled.pass_at_k[1][0] == pytest.approx(sampled.accuracy)
+    other = evaluate(policy, engine, task, EvalSettings(num=40, ks=(1, 4), max_new_tokens=64, batch_rows=12))
+    assert other.outcomes == sampled.outcomes
     assert sampled.pass_at_k[4][0] > sampled.pass_at_k[1][0]
     values = sampled.as_json()
     assert {"task", "split", "problems", "accuracy", "low", "high", "pass_at_k", "maj_at_k"} <= values.keys()

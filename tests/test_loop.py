@@ -187,7 +187,9 @@ def short_answers(completions: list[Any], **others: Any) -> list[float]:
 
 def test_rewards_of_ones_own_and_rows_of_ones_own() -> None:
     rows = [{"prompt": f"{a}*3=", "topic": "times"} for a in range(10, 30)]
-    run = train(config(steps=2), rewards=[short_answers], data=rows, quiet=True)
+    task = {"name": "multiplication", "digits": [2, 2], "system": "Be quick."}  # what any rows can have is kept
+    run = train(config(steps=2, task=task), rewards=[short_answers], data=rows, quiet=True)
+    assert run.config.task.system == "Be quick."
     assert run.config.task.name.startswith("file:")
     assert all(m["reward"] < 0 for m in metrics())
     train({"steps": 3}, resume="run", rewards=[short_answers], quiet=True)
@@ -223,8 +225,12 @@ def test_a_mistake_leaves_no_folder_behind_so_that_the_same_command_works_once_i
     train(config(steps=1), quiet=True)
 
 
-def test_a_run_with_python_rewards_is_not_resumed_without_them() -> None:
+def test_a_run_with_python_rewards_is_not_resumed_without_them_or_with_others() -> None:
     train(config(steps=1), rewards=[short_answers], quiet=True)
+    with pytest.raises(ConfigError, match="varied"):
+        train({"steps": 2}, resume="run", rewards=[varied], quiet=True)
+    with pytest.raises(ConfigError, match="leave data out"):
+        train({"steps": 2}, resume="run", rewards=[short_answers], data=[{"prompt": "1"}], quiet=True)
     with pytest.raises(ConfigError, match="short_answers"):
         train({"steps": 2}, resume="run", quiet=True)
 
@@ -297,6 +303,7 @@ def test_half_a_checkpoint_is_not_seen() -> None:
         ({"task": {"name": "file:none.jsonl"}}, "no such file"),
         ({"rewards": {"functions": ["nowhere.module:f"]}}, "nowhere"),
         ({"sampling": {"max_new_tokens": 2000}}, "context"),
+        ({"execution": {"device": "foo"}}, "no such device"),
     ],
 )
 def test_mistakes_are_told_and_nothing_is_overwritten(change: dict[str, Any], message: str) -> None:

@@ -220,7 +220,7 @@ def test_a_models_own_code_is_not_run_unless_it_is_asked_for() -> None:
     (folder / "config.json").write_text(json.dumps({**values, "model_type": "own", "auto_map": auto}))
     (folder / "own.py").write_text(f'open({str(Path("ran").absolute())!r}, "w").close()\n')
     assert not ModelSettings().trust_remote_code
-    assert "custom code" in refused("coded")
+    assert "model.trust_remote_code = true" in refused("coded")
     assert not Path("ran").exists()
 
 

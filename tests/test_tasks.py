@@ -266,6 +266,24 @@ def test_bad_rows_are_told_with_their_place(text: str, says: str) -> None:
         pick(TASKS, "task", "file:train.jsonl").problems("train")
 
 
+def test_a_byte_order_mark_and_other_encodings() -> None:
+    Path("train.csv").write_text("\ufeffprompt,answer\n1+1,2\n", encoding="utf-8")
+    assert pick(TASKS, "task", "file:train.csv").problems("train")[0].answer == "2"
+    Path("train.jsonl").write_bytes('{"prompt": "é", "answer": "1"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        pick(TASKS, "task", "file:train.jsonl").problems("train")
+
+
+def test_rows_without_ids_are_told_apart_and_missing_columns_are_told() -> None:
+    write_jsonl(Path("train.jsonl"), [{"question": f"q{i}?", "answer": str(i)} for i in range(20)])
+    task = pick(TASKS, "task", {"name": "svamp", "data": ".", "validation": 5})
+    assert (len(task.problems("train")), len(task.problems("validation"))) == (15, 5)
+    write_jsonl(Path("train.jsonl"), [{"question": "q?"}])
+    for name in ("svamp", "gsm8k"):
+        with pytest.raises(DataError, match='"answer" is missing'):
+            pick(TASKS, "task", {"name": name, "data": "."}).problems("train")
+
+
 def test_missing_files_and_unknown_kinds() -> None:
     with pytest.raises(DataError, match="no such file"):
         pick(TASKS, "task", "file:none.jsonl").problems("train")

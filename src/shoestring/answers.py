@@ -331,7 +331,7 @@ def _sign(before: str) -> int | None:
         return None
     if before[-1:] not in ("-", "+"):
         return 1
-    if before[-2:-1].isalpha():
+    if before[-1] == "-" and before[-2:-1].isalpha():
         return 1  # "COVID-19"
     if re.search(r"[\w)\]}+\-±]$", before[:-1]):
         return None
@@ -457,7 +457,8 @@ def _is_math(content: str, item: Item) -> bool:
     """Whether the number is a piece of a formula: the 2 of 2x."""
     after = content[item.end : item.end + MAX_FORMULA]
     end = _CLAUSE_END.search(after)
-    before = content[max(0, item.start - MAX_FORMULA) : item.start].removesuffix("+")
+    before = content[max(0, item.start - MAX_FORMULA) : item.start]
+    before = re.sub(r"(?<![\w)\]}])\+$", "", before)  # the sign of +5, and not the operator of x+5
     later = after[: end.start()] if end else after
     return bool(_MATH_BEFORE.search(before) or _MATH_AFTER.match(after) or _MATH_LATER.search(later))
 
@@ -524,8 +525,11 @@ def _same_formula(gold: str, answer: str) -> bool:
 def _start() -> subprocess.Popen[str]:
     # -P: the folder of this file holds a types.py, which must not stand before Python's own.
     command = [sys.executable, "-P", os.path.abspath(__file__)]
+    # In a session of its own, so that Ctrl-C in the terminal does not end a question as if it were wrong.
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, text=True, encoding="utf-8")
+    return subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=null, text=True, encoding="utf-8", start_new_session=True
+    )
 
 
 @atexit.register

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,12 +41,18 @@ class State:
 def save(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: State) -> Path:
     """Writes checkpoints/step-N, N the number of steps done, under a temporary name first; returns it."""
     target = folder / "checkpoints" / f"step-{state.step}"
+    values = json.dumps(dataclasses.asdict(state), default=str)
+    if target.exists():  # the weights of a step are what they are; an evaluation may have changed the state
+        draft = target / ".draft-state.json"
+        draft.write_text(values, encoding="utf-8")
+        os.replace(draft, target / "state.json")
+        return target
 
     def write(draft: Path) -> None:
         weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
         save_file(weights, draft / "adapter.safetensors")
         save_file(_moments(parameters, optimizer), draft / "optimizer.safetensors")
-        (draft / "state.json").write_text(json.dumps(dataclasses.asdict(state)), encoding="utf-8")
+        (draft / "state.json").write_text(values, encoding="utf-8")
 
     replace_folder(target, write)
     return target

@@ -28,7 +28,10 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="A TOML recipe (or none), then KEY=VALUE overrides.")]
-Target = Annotated[list[str] | None, typer.Argument(help="A run's folder or a model, then KEY=VALUE task settings.")]
+Target = Annotated[
+    list[str] | None,
+    typer.Argument(help="A run's folder or a model, then KEY=VALUE settings of the task."),
+]
 
 
 @app.command()
@@ -40,6 +43,7 @@ def train(
 ) -> None:
     """Train a model: [RECIPE] [KEY=VALUE ...]. Without a recipe: the embedded default."""
     from shoestring import config as configs
+    from shoestring import models
 
     recipe, overrides = _split(arguments)
     if dry_run:
@@ -47,8 +51,8 @@ def train(
         print(configs.dump(_resolved(resume, values)), end="")
         return
     values = configs.read(recipe, overrides) if recipe or overrides or not resume else None
-    if not resume:
-        configs.settle(values or {})  # a mistake is reported before torch and transformers are loaded
+    if not resume:  # a mistake is reported before transformers is loaded
+        models.locate(configs.settle(values or {}).model.name)
 
     from shoestring.loop import train as run_training
 
@@ -76,6 +80,7 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(help="Default: the run's, else 256.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     batch_rows: Annotated[int, typer.Option(help="Completions sampled at once.")] = 256,
+    allow_truncated_prompts: Annotated[bool, typer.Option("--allow-truncated-prompts")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     details: Annotated[
         str | None, typer.Option(help="Write how often each problem was solved to this JSON file.")
@@ -86,7 +91,10 @@ def evaluate(
 
     target, overrides = _split(arguments)
     settings = EvalSettings(split, num, _ints(k), samples, temperature, max_new_tokens or 256, 1.0, seed, batch_rows)
+    settings = replace(settings, allow_truncated_prompts=allow_truncated_prompts)
     settings.check()
+    if details and not Path(details).absolute().parent.is_dir():
+        raise ConfigError(f"--details is {details}", "its folder is not there", "give a file in a folder that is")
     chosen, model, tokens = _target(target, task, overrides)
     if max_new_tokens is None and tokens is not None:
         settings = replace(settings, max_new_tokens=tokens)
@@ -112,6 +120,7 @@ def sample(
     temperature: Annotated[float, typer.Option()] = 1.0,
     max_new_tokens: Annotated[int | None, typer.Option()] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    allow_truncated_prompts: Annotated[bool, typer.Option("--allow-truncated-prompts")] = False,
 ) -> None:
     """Print what a run or model answers."""
     target, overrides = _split(arguments)
@@ -124,7 +133,8 @@ def sample(
     sampling = Sampling(max_new_tokens=max_new_tokens or tokens or 256, temperature=temperature)
     problems = chosen.problems(split) if prompt is None else [Problem("prompt", prompt, "")]
     policy = _policy(model)
-    prompts, _ = encode(policy, chosen, [problems[i] for i in range(min(num, len(problems)))], sampling.max_new_tokens)
+    asked = [problems[i] for i in range(min(num, len(problems)))]
+    prompts, _ = encode(policy, chosen, asked, sampling.max_new_tokens, allow_truncated=allow_truncated_prompts)
     engine = SAMPLERS["hf"]().open(policy)
     for rollout in roll_out(policy, engine, prompts, num=completions, sampling=sampling, seed=seed):
         problem = rollout.prompt.problem
@@ -222,7 +232,7 @@ def _target(target: str | None, task: str | None, overrides: list[str]) -> tuple
     """The task, the model and the limit on new tokens that a run's folder or a model name stand for."""
     from shoestring import config as configs
     from shoestring import models, runs
-    from shoestring.settings import pick
+    from shoestring.settings import build, pick
     from shoestring.tasks import TASKS
 
     model = runs.model_settings(target or models.TINY)
@@ -236,9 +246,12 @@ def _target(target: str | None, task: str | None, overrides: list[str]) -> tuple
         raise ConfigError(
             f'the model is "{target}"', "it is no run of ours, so it names no task", "add --task, as in --task svamp"
         )
+    tables: dict[str, Any] = {"task": values, "model": model.model_dump(exclude_none=True)}
     for override in overrides:
-        values = configs.overridden({"task": values}, override)["task"]
-    return pick(TASKS, "task", values), model, saved.get("sampling", {}).get("max_new_tokens")
+        known = override.startswith(("task.", "model."))
+        tables = configs.overridden(tables, override if known else f"task.{override}")
+    model = build(models.ModelSettings, tables["model"], "model")
+    return pick(TASKS, "task", tables["task"]), model, saved.get("sampling", {}).get("max_new_tokens")
 
 
 def _policy(model: ModelSettings) -> Policy:
@@ -285,7 +298,10 @@ def _print_evaluation(values: dict[str, Any]) -> None:
 def main() -> None:
     """Runs the command line; a user's mistake is printed without a traceback and exits with 2."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == 130:  # typer's own word for Ctrl-C
+            _fail("interrupted", 130)
+        raise SystemExit(code or 0)
     except ShoestringError as error:
         _fail(f"{type(error).__name__}: {error}", 2)
     except NonFiniteError as error:

@@ -126,6 +126,10 @@ class RunConfig(Settings):
         algorithm = pick(ALGORITHMS, "algorithm", data.get("algorithm", {}), "s-grpo")
         given = data.get("objective") or {}
         given = given.model_dump() if isinstance(given, Objective) else given
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                f"objective is {given!r}", "it is a table", "write [objective] with keys such as beta = 0.04"
+            )
         return {**data, "objective": {**algorithm.objective._asdict(), **given}}
 
     @model_validator(mode="after")
@@ -143,6 +147,10 @@ class RunConfig(Settings):
                 "use 1.0",
             )
         return self
+
+
+# The entry that a table without `name` holds settings of.
+DEFAULTS = {"task": "multiplication", "algorithm": "s-grpo", "adapter": "lora", "sampler": "hf"}
 
 
 def settle(values: Mapping[str, Any]) -> RunConfig:
@@ -166,7 +174,7 @@ def read(recipe: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, 
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f'the recipe is "{recipe}"', f"it is not TOML ({error})", "mend that line") from None
-    for override in overrides:
+    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".name")):  # names first
         values = overridden(values, override)
     return values
 
@@ -174,7 +182,7 @@ def read(recipe: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, 
 def overridden(values: Mapping[str, Any], text: str) -> dict[str, Any]:
     """A nested mapping with `a.b.c=value` set in it. The value is read as TOML; what is not TOML is a string.
 
-    A new `name` of a table starts that table afresh, since the settings of one algorithm are not those of another.
+    A new `name` starts its table afresh, since the settings of one algorithm or task are not those of another.
     """
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
@@ -192,7 +200,7 @@ def overridden(values: Mapping[str, Any], text: str) -> dict[str, Any]:
             raise ConfigError(f'the override is "{text}"', f"{part} is not a table", "write a key of a table")
         table = inner
     value = _value(raw.strip())
-    if last == "name" and len(parents) == 1 and parents[0] in ("algorithm", "adapter") and table.get("name") != value:
+    if last == "name" and len(parents) == 1 and table.get("name", DEFAULTS.get(parents[0], value)) != value:
         table.clear()
     table[last] = value
     return changed

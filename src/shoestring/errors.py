@@ -12,7 +12,7 @@ class ShoestringError(ValueError):
 
     def __init__(self, given: str, why: str, write: str):
         self.given, self.why, self.write = given, why, write
-        super().__init__(f"{given}; {why}; {write}.")
+        super().__init__(f"{given}; {why}; {write}" + ("" if write.endswith("?") else "."))
 
 
 class ConfigError(ShoestringError):

@@ -38,6 +38,7 @@ class EvalSettings:
     seed: int = 0
     batch_rows: int = 256
     """Completions sampled at once."""
+    allow_truncated_prompts: bool = False
 
     @property
     def num_samples(self) -> int:
@@ -49,6 +50,13 @@ class EvalSettings:
         return self.temperature if self.temperature is not None else (0.0 if self.num_samples == 1 else 1.0)
 
     def check(self) -> None:
+        """Raises `ConfigError` for what cannot be evaluated."""
+        for name in ("num", "max_new_tokens", "batch_rows", "samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}", "it counts something", "use 1 or more")
+        if self.temperature is not None and self.temperature < 0:
+            raise ConfigError(f"temperature is {self.temperature}", "it divides the logits", "use 0 (greedy) or more")
         if not self.ks or min(self.ks) < 1:
             raise ConfigError(
                 f"k is {list(self.ks)}", "pass@k needs at least one completion", "use 1 or more, as in 1,4,16"
@@ -117,16 +125,18 @@ def evaluate(
     settings.check()
     split = task.problems(settings.split)
     problems = [split[i] for i in range(min(settings.num or len(split), len(split)))]
-    prompts, _ = encode(policy, task, problems, settings.max_new_tokens)
+    prompts, _ = encode(
+        policy, task, problems, settings.max_new_tokens, allow_truncated=settings.allow_truncated_prompts
+    )
     sampling = Sampling(
         max_new_tokens=settings.max_new_tokens, temperature=settings.settled_temperature, top_p=settings.top_p
     )
     rollouts: list[Rollout] = []
     size = max(settings.batch_rows // settings.num_samples, 1)
+    seed = stable_hash("evaluate", settings.seed)
     for start in range(0, len(prompts), size):
         chunk = prompts[start : start + size]
-        seed = stable_hash("evaluate", settings.seed, start)
-        rollouts += roll_out(policy, engine, chunk, num=settings.num_samples, sampling=sampling, seed=seed)
+        rollouts += roll_out(policy, engine, chunk, num=settings.num_samples, sampling=sampling, seed=seed, first=start)
         progress(len(rollouts), len(prompts))
     return summarise(task, problems, rollouts, settings)
 
@@ -138,7 +148,7 @@ def summarise(
     counts = [sum(row) for row in solved]
     samples = settings.num_samples
     accuracy = sum(counts) / (len(counts) * samples)
-    low, high = wilson(sum(counts), len(counts)) if samples == 1 else bootstrap([count / samples for count in counts])
+    low, high = interval([count / samples for count in counts])
     votes = [[task.vote(text) for text in rollout.texts] for rollout in rollouts]
     passes = {k: [pass_at_k(samples, count, k) for count in counts] for k in settings.ks}
     majorities = {k: [majority(v, s, k) for v, s in zip(votes, solved, strict=True)] for k in settings.ks}
@@ -150,8 +160,8 @@ def summarise(
         accuracy=accuracy,
         low=low,
         high=high,
-        pass_at_k={k: (sum(v) / len(v), bootstrap(v)) for k, v in passes.items()},
-        maj_at_k={k: (sum(v) / len(v), bootstrap(v)) for k, v in majorities.items()},
+        pass_at_k={k: (sum(v) / len(v), interval(v)) for k, v in passes.items()},
+        maj_at_k={k: (sum(v) / len(v), interval(v)) for k, v in majorities.items()},
         samples=samples,
         temperature=settings.settled_temperature,
         truncated=sum(c.stop == "length" for c in completions) / len(completions),
@@ -199,6 +209,13 @@ def wilson(successes: int, trials: int) -> Interval:
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = _Z95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The 95 % interval of the mean of shares: Wilson's where each is 0 or 1, else a bootstrap over problems."""
+    if all(value in (0.0, 1.0) for value in values):
+        return wilson(round(sum(values)), len(values))
+    return bootstrap(values)
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:

@@ -38,7 +38,8 @@ _MOST_SKIPPED = 3
 
 @dataclass(frozen=True)
 class Run:
-    """A finished (or stopped) run: its folder, its settled config, its reports so far, and the trained policy."""
+    """A finished (or stopped) run: its folder, its settled config, its reports so far, and the policy as the last step
+    left it (with `evaluation.keep = "best"` the adapter in the folder may be an earlier one)."""
 
     folder: Path
     config: RunConfig
@@ -55,7 +56,7 @@ class Run:
 def train(
     config: RunConfig | Mapping[str, Any] | str | Path | None = None,
     *,
-    rewards: Iterable[RewardFunction | str] = (),
+    rewards: Iterable[RewardFunction | str] | RewardFunction | str = (),
     data: Iterable[Mapping[str, Any]] | None = None,
     resume: str | Path | None = None,
     quiet: bool = False,
@@ -67,7 +68,7 @@ def train(
     `resume` is the folder of a run to go on with. Raises `ConfigError` and `DataError` before the model loads wherever
     that is possible.
     """
-    rewards = tuple(rewards)
+    rewards = (rewards,) if isinstance(rewards, str) or callable(rewards) else tuple(rewards)
     folder, settled = runs.open_run(config, data=data, resume=resume, rewards=rewards)
     try:
         scorer = Rewards(rewards or settled.rewards.functions, settled.rewards.weights)
@@ -122,7 +123,8 @@ def _run(folder: Path, config: RunConfig, scorer: Rewards, *, quiet: bool) -> Ru
             try:
                 _step(session, state)
             except ShoestringError:  # raised while sampling or scoring: state and weights are those of the last step
-                session.save(state)
+                if state.step:
+                    session.save(state)
                 raise
             if state.skipped_in_a_row == _MOST_SKIPPED:
                 session.save(state)
@@ -321,7 +323,10 @@ def _evaluate(session: Session, state: State) -> None:
     """Greedy accuracy on the run's own evaluation problems; keeps the best adapter if the config says so."""
     config = session.config
     settings = EvalSettings(
-        split=config.evaluation.split, num=config.evaluation.num, max_new_tokens=config.sampling.max_new_tokens
+        split=config.evaluation.split,
+        num=config.evaluation.num,
+        max_new_tokens=config.sampling.max_new_tokens,
+        allow_truncated_prompts=config.allow_truncated_prompts,
     )
     found = evaluate(session.policy, session.engine, config.task, settings)
     best = found.accuracy > state.best_accuracy
@@ -377,7 +382,7 @@ def _signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         if received:
-            raise KeyboardInterrupt
+            raise SystemExit(128 + number)
         received.append(number)
 
     if threading.current_thread() is not threading.main_thread():
@@ -412,7 +417,7 @@ def where_it_lies(folder: Path, config: RunConfig, state: State) -> str:
             f"adapter:  {folder / 'adapter'}{kept}",
             f"metrics:  {folder / 'metrics.jsonl'}",
             f"samples:  {folder / 'samples.jsonl'}",
-            f"evaluate: {command()} eval {folder}",
+            f"evaluate: {command()} eval {folder}{runs.split_hint(folder, config)}",
         ]
         + ([f"go on:    {command()} train --resume {folder}"] if state.step < config.steps else [])
     )

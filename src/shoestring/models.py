@@ -87,7 +87,17 @@ def _base_name(run: Path, adapter: Path) -> str:
     if (run / "config.toml").is_file():
         model = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get("model", TINY)
         return model if isinstance(model, str) else model.get("name", TINY)
-    return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    try:
+        name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        name = None
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            f'model is "{run}"',
+            "its adapter_config.json does not say which model it belongs to",
+            "write that model's name there, under base_model_name_or_path",
+        )
+    return name
 
 
 def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Source]:
@@ -113,18 +123,31 @@ def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel
             use_safetensors=None if source.gguf_file else True,
             **options,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # readers of half a dozen formats raise as many kinds
+        raise _load_error(settings.name, error) from error
+    if not tokenizer("1")["input_ids"]:
         raise ConfigError(
-            f'model is "{settings.name}"',
-            f"it could not be loaded ({first})",
-            "give a model that transformers can load",
-        ) from error
+            f'model is "{settings.name}"', "its tokenizer turns text into nothing", "put tokenizer.json into its folder"
+        )
     if source.gguf_file:
         model = _plain_copy(model)
     tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of what the model wrote
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer, source
+
+
+def _load_error(name: str, error: Exception) -> ConfigError:
+    text = str(error).strip()
+    if "trust_remote_code" in text:
+        return ConfigError(
+            f'model is "{name}"',
+            "it brings code of its own, which is not run unasked",
+            "read that code, then set model.trust_remote_code = true",
+        )
+    first = text.splitlines()[0] if text else type(error).__name__
+    return ConfigError(
+        f'model is "{name}"', f"it could not be loaded ({first})", "give a model that transformers can load"
+    )
 
 
 def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -141,6 +164,14 @@ def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
+def stored_dtype(name: str) -> Any:
+    """The type that a model's weights are stored in, by its config; None for a GGUF file."""
+    from transformers import AutoConfig
+
+    source = locate(name)
+    return None if source.gguf_file else AutoConfig.from_pretrained(source.path).dtype
+
+
 def torch_dtype(name: str, device: torch.device) -> torch.dtype:
     import torch
 
@@ -154,4 +185,12 @@ def pick_device(name: str = "auto") -> torch.device:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(
+            f'execution.device is "{name}"', "there is no such device", 'use "cpu", "cuda" or "auto"'
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f'execution.device is "{name}"', "torch finds no GPU here", 'use "cpu" or "auto"')
+    return device

@@ -165,7 +165,8 @@ class Policy:
     def save_adapter(self, folder: str) -> None:
         """Writes the adapter as PEFT does, so that `PeftModel.from_pretrained` reads it."""
         assert self.adapted is not None
-        self.adapted.save_pretrained(folder)  # type: ignore[operator]
+        with quiet_peft():
+            self.adapted.save_pretrained(folder)  # type: ignore[operator]
 
 
 def load_policy(
@@ -179,10 +180,10 @@ def load_policy(
     base.requires_grad_(train_all)
     adapted: nn.Module | None = None
     if source.adapter is not None:
-        if adapter is not None:
+        if adapter is not None or train_all:
             raise ConfigError(
                 f'model is "{settings.name}"',
-                "it is a run with an adapter of its own, and a new adapter would be put beside it",
+                "it is a run with an adapter of its own, which would stay frozen beneath what is trained now",
                 f"merge it first: shoestring merge {settings.name} OUT",
             )
         from peft import PeftModel
@@ -192,6 +193,8 @@ def load_policy(
         adapted.requires_grad_(False)
     elif adapter is not None:
         adapted = adapter.attach(base)
+        if source.gguf_file:  # PEFT would note the file's folder only
+            adapted.peft_config["default"].base_model_name_or_path = settings.name  # type: ignore[index,union-attr]
     (adapted or base).eval()
     return Policy(base, tokenizer, adapted, settings.name)
 

@@ -50,8 +50,7 @@ class Reporter:
         Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
 
     def step(self, report: StepReport) -> None:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(report).items()}
-        self._append("metrics.jsonl", finite)  # JSON knows no NaN
+        self._append("metrics.jsonl", {name: _finite(value) for name, value in vars(report).items()})
         line = one_line(report, self.steps)
         if self._bar:
             self._bar.update(self._task, completed=report.step + 1, description=line)
@@ -96,7 +95,8 @@ class Reporter:
                     "stop": completion.stop,
                     "credit": chosen[g],
                 }
-                record.update({name: values[place] for name, values in extra.items()})
+                if extra:
+                    record["extra"] = {name: values[place] for name, values in extra.items()}
                 lines.append(record)
                 place += 1
         self._append("samples.jsonl", *lines)
@@ -105,6 +105,13 @@ class Reporter:
         text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
         with (self.folder / name).open("a", encoding="utf-8", errors="replace") as file:
             file.write(text)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for what is not finite: JSON knows no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def one_line(report: StepReport, steps: int) -> str:

@@ -46,12 +46,19 @@ class Rollout(NamedTuple):
 
 
 def roll_out(
-    policy: Policy, engine: Engine, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, seed: int
+    policy: Policy,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    *,
+    num: int,
+    sampling: Sampling,
+    seed: int,
+    first: int = 0,
 ) -> list[Rollout]:
-    """`num` completions of each prompt, decoded."""
+    """`num` completions of each prompt, decoded; the prompts' places are counted from `first`."""
     if not prompts:
         return []
-    completions = engine.sample(prompts, num=num, sampling=sampling, seed=seed)
+    completions = engine.sample(prompts, num=num, sampling=sampling, seed=seed, first=first)
     return [
         Rollout(prompt, group, tuple(policy.decode(prompt.prefix + completion.token_ids) for completion in group))
         for prompt, group in zip(prompts, completions, strict=True)

@@ -14,9 +14,10 @@ from shoestring.config import RunConfig
 from shoestring.errors import ConfigError, DataError
 from shoestring.models import ModelSettings
 from shoestring.settings import build
+from shoestring.tasks.file import File
 
 # What a resumed run may change: how long it is and how it is carried out, not what it computes.
-_MAY_CHANGE = ("steps", "save_every", "out", "execution.")
+_MAY_CHANGE = ("steps", "save_every", "execution.")
 
 _PYTHON = "python:"  # stands before the name of a reward that was handed over as a function
 
@@ -31,15 +32,22 @@ def open_run(
     """The folder and the settled config of a new run or of one to go on with; config.toml lies in the folder after
     it."""
     if resume is not None:
+        if data is not None:
+            raise ConfigError("data is given with resume", "a run goes on with its own data", "leave data out")
         settled = resumed_config(Path(resume), config)
         _check_rewards_are_back(Path(resume), settled, rewards)
         write_config(Path(resume), _with_rewards(settled, rewards))
         return Path(resume), settled
     if data is not None:
         values = config.model_dump(exclude_none=True) if isinstance(config, RunConfig) else _values(config)
+        task = _data_task(values.get("task") or {}, bool(rewards) and "task" not in rewards)
+        configs.settle({**values, "task": {**task, "name": "file:data"}})  # mistakes come before the folder
+        rows = _data_lines(data)
         folder = _new_folder(values.get("out"), "file", _algorithm_name(values))
-        task = _write_data(folder, data, values.get("task") or {}, bool(rewards) and "task" not in rewards)
-        settled = configs.settle({**values, "task": task, "out": str(folder)})
+        path = (folder / "data" / "train.jsonl").absolute()
+        path.parent.mkdir()
+        path.write_text(rows, encoding="utf-8")
+        settled = configs.settle({**values, "task": {**task, "name": f"file:{path.parent}"}, "out": str(folder)})
     else:
         settled = config if isinstance(config, RunConfig) else configs.settle(_values(config))
         folder = _new_folder(settled.out, settled.task.name, settled.algorithm.name)
@@ -52,12 +60,24 @@ def _with_rewards(config: RunConfig, rewards: Sequence[Callable[..., Any] | str]
     """The config with the names of Python functions in it, so that a resumed run can ask for them."""
     if not rewards:
         return config
-    names = tuple(f if isinstance(f, str) else f"{_PYTHON}{getattr(f, '__name__', type(f).__name__)}" for f in rewards)
+    names = tuple(map(_reward_name, rewards))
     return config.model_copy(update={"rewards": config.rewards.model_copy(update={"functions": names})})
+
+
+def _reward_name(function: Callable[..., Any] | str) -> str:
+    return (
+        function if isinstance(function, str) else f"{_PYTHON}{getattr(function, '__name__', type(function).__name__)}"
+    )
 
 
 def _check_rewards_are_back(folder: Path, config: RunConfig, rewards: Sequence[Any]) -> None:
     missing = [name.removeprefix(_PYTHON) for name in config.rewards.functions if name.startswith(_PYTHON)]
+    if rewards and _with_rewards(config, rewards) != config:
+        raise ConfigError(
+            f"the run to resume is {folder}, and the rewards are {', '.join(map(_reward_name, rewards))}",
+            f"it was started with {', '.join(config.rewards.functions)}",
+            "resume with the same rewards, or start a new run",
+        )
     if missing and not rewards:
         raise ConfigError(
             f"the run to resume is {folder}",
@@ -106,25 +126,29 @@ def _next_free(parent: Path, name: str) -> Path:
     return parent / f"{clean}-{max(numbers, default=0) + 1}"
 
 
-def _write_data(
-    folder: Path, data: Iterable[Mapping[str, Any]], task: str | Mapping[str, Any], own_rewards: bool
-) -> dict[str, Any]:
-    """Puts the rows into the run's folder, so that the run can be resumed and evaluated; the task that reads them."""
-    path = folder / "data" / "train.jsonl"
-    path.parent.mkdir(exist_ok=True)
+def _data_lines(data: Iterable[Mapping[str, Any]]) -> str:
+    """The rows as JSONL, to be kept in the run's folder, so that the run can be resumed."""
     try:
         lines = [json.dumps(dict(row), ensure_ascii=False) + "\n" for row in data]
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise DataError(
             "data holds a row that is not plain", f"it cannot be kept as JSON ({error})", "use text and numbers"
         ) from None
     if not lines:
         raise DataError("data is empty", "there is nothing to train on", "give at least one row with a prompt")
-    path.write_text("".join(lines), encoding="utf-8")
-    settings = {} if isinstance(task, str) else {k: v for k, v in task.items() if k != "name"}
-    if own_rewards:
-        settings.setdefault("check", "none")
-    return {**settings, "name": f"file:{path.parent}"}
+    return "".join(lines)
+
+
+def _data_task(task: str | Mapping[str, Any], own_rewards: bool) -> dict[str, Any]:
+    """The settings of the task that reads the rows: those of the config that any rows can have."""
+    given = {} if isinstance(task, str) else task
+    settings = {key: value for key, value in given.items() if key in File.model_fields and key not in ("name", "data")}
+    return {"check": "none", **settings} if own_rewards else settings
+
+
+def split_hint(folder: Path, config: RunConfig) -> str:
+    """What `eval` needs to be told about a run on rows of its own, which has no test part."""
+    return " --split train" if config.task.name == f"file:{(folder / 'data').absolute()}" else ""
 
 
 def resumed_config(folder: Path, config: RunConfig | Mapping[str, Any] | str | Path | None) -> RunConfig:

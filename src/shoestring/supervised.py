@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import BeforeValidator, Field
 from rich.console import Console
 
 from shoestring import config as configs
-from shoestring import runs
+from shoestring import models, runs
 from shoestring.adapters import ADAPTERS
 from shoestring.batch import Row, cut_rows, pad_rows
 from shoestring.config import ExecutionSettings, OptimSettings, named_model
@@ -74,7 +75,11 @@ def sft(config: SftConfig | Mapping[str, Any]) -> Path:
     console.print(
         f"sft on {config.task.name}: {len(rows):,} examples, {left_out} longer than {config.max_length} left out"
     )
-    losses = _train(policy, config, rows, folder, console)
+    try:
+        losses = _train(policy, config, rows, folder, console)
+    except BaseException:
+        shutil.rmtree(folder)  # half a warm start is of no use, and would be in the way of the next
+        raise
     _save(policy, config, folder / "model")
     console.print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}\nmodel:    {folder / 'model'}")
     console.print(f"evaluate: {command()} eval {folder / 'model'} --task {config.task.name}", soft_wrap=True)
@@ -84,13 +89,14 @@ def sft(config: SftConfig | Mapping[str, Any]) -> Path:
 def _problems(config: SftConfig) -> list[Problem]:
     split = config.task.problems("train")
     problems = [split[i] for i in range(min(config.num or len(split), len(split)))]
-    if config.task.solution(problems[0]) is None:
+    solved = [problem for problem in problems if config.task.solution(problem)]
+    if not solved:
         raise ConfigError(
             f"task.name is {config.task.name}",
             "it has no worked solutions to imitate",
             "use gsm8k, multiplication or file:",
         )
-    return problems
+    return solved
 
 
 def _load(config: SftConfig) -> Policy:
@@ -106,7 +112,7 @@ def _rows(policy: Policy, config: SftConfig, problems: Sequence[Problem]) -> tup
     limit = min(config.max_length, policy.context or config.max_length)
     for problem in problems:
         prompt = policy.encode(config.task.ask(problem), config.task.format, config.task.chat)
-        solution = config.task.solution(problem) or ""
+        solution = config.task.solution(problem)
         answer = (*policy.tokenizer(solution, add_special_tokens=False)["input_ids"], policy.end_id)  # type: ignore[misc]
         if len(prompt) + len(answer) > limit:
             left_out += 1
@@ -166,8 +172,9 @@ def _backward(policy: Policy, config: SftConfig, rows: list[Row]) -> float:
 
 
 def _save(policy: Policy, config: SftConfig, target: Path) -> None:
+    policy.base.float()  # an adapter is added in fp32, and the sum rounded once
     model: Any = policy.base if policy.adapted is None else policy.adapted.merge_and_unload()  # type: ignore[operator]
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.save_dtype]
+    dtype = models.torch_dtype(config.save_dtype, policy.device)
     runs.replace_folder(target, lambda draft: save_model(model.to(dtype=dtype), policy, draft))
 
 
@@ -190,12 +197,8 @@ def merge(name: str, out: str) -> Path:
     policy = load_policy(saved.model_copy(update={"dtype": "fp32"}), device="cpu")
     if policy.adapted is None:
         raise ConfigError(f'the run is "{name}"', "it has no adapter to merge", "give the folder of a finished run")
-    dtype = policy.base.config.dtype if saved.dtype == "auto" else saved.dtype
+    stored = models.stored_dtype(name) if saved.dtype == "auto" else None
+    dtype = stored or models.torch_dtype(saved.dtype, torch.device("cpu"))
     merged = policy.adapted.merge_and_unload()  # type: ignore[operator]
-    runs.replace_folder(target, lambda draft: save_model(merged.to(dtype=_dtype(dtype)), policy, draft))
+    runs.replace_folder(target, lambda draft: save_model(merged.to(dtype=dtype), policy, draft))
     return target
-
-
-def _dtype(value: Any) -> torch.dtype:
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return named.get(value, value if isinstance(value, torch.dtype) else torch.float32)

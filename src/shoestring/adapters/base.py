@@ -27,8 +27,10 @@ class Adapter(Protocol):
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Keeps back a deprecation that PEFT 0.21 causes inside transformers 5.2x and its users can do nothing about."""
+    """Keeps back two warnings of PEFT 0.21 that its users can do nothing about: a deprecation inside transformers, and
+    that a base model from a GGUF file has no config.json (it looks there for a changed vocabulary)."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 from torch import nn
@@ -24,7 +24,7 @@ class LoRA(Settings):
     name: Literal["lora"] = "lora"
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32, gt=0)
-    modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Which linear layers inside the decoder layers, by the end of their name, such as ["q_proj", "v_proj"]."""
     layers: Literal["all", "last-third"] | int | tuple[int, ...] = "all"
     """"all", "last-third", a number n (the last n), or a list of layer numbers from 0. What lies below the lowest one

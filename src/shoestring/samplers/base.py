@@ -33,10 +33,11 @@ class Engine(Protocol):
     """A sampler at work for one policy."""
 
     def sample(
-        self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, seed: int
+        self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, seed: int, first: int = 0
     ) -> list[tuple[Completion, ...]]:
         """`num` completions of each prompt. What a completion draws depends on (seed, place of the prompt, place of the
-        completion, position) and on nothing else, so neither waves nor batch sizes choose it."""
+        completion, position) and on nothing else, so neither waves nor batch sizes choose it. Places of prompts are
+        counted from `first`, so that many prompts can be sampled in several calls as in one."""
         ...
 
     def sync(self, policy: Policy) -> None:

@@ -39,14 +39,14 @@ class HfEngine:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, seed: int
+        self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, seed: int, first: int = 0
     ) -> list[tuple[Completion, ...]]:
         places = [(p, g) for p in range(len(prompts)) for g in range(num)]
         size = self._max_rows or max(len(places), 1)
         found: dict[tuple[int, int], Completion] = {}
         for start in range(0, len(places), size):
             for wave in self._waves(prompts, places[start : start + size]):
-                found.update(zip(wave, self._sample_wave(prompts, wave, sampling, seed), strict=True))
+                found.update(zip(wave, self._sample_wave(prompts, wave, sampling, seed, first), strict=True))
         return [tuple(found[p, g] for g in range(num)) for p in range(len(prompts))]
 
     def _waves(self, prompts: Sequence[Prompt], places: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
@@ -58,11 +58,11 @@ class HfEngine:
         return [[(p, g) for p, g in places if len(prompts[p].token_ids) == length] for length in lengths]
 
     def _sample_wave(
-        self, prompts: Sequence[Prompt], places: list[tuple[int, int]], sampling: Sampling, seed: int
+        self, prompts: Sequence[Prompt], places: list[tuple[int, int]], sampling: Sampling, seed: int, first: int
     ) -> list[Completion]:
         policy = self._policy
         limit = torch.tensor([max(sampling.max_new_tokens - len(prompts[p].prefix), 1) for p, _ in places])
-        uniform = torch.stack([noise(seed, p, g, int(limit.max())) for p, g in places]).to(policy.device)
+        uniform = torch.stack([noise(seed, first + p, g, int(limit.max())) for p, g in places]).to(policy.device)
         logits, cache, mask, position = self._prefill(prompts, [p for p, _ in places])
         limit, eos = limit.to(policy.device), torch.tensor(policy.eos_ids, device=policy.device)
         tokens = torch.zeros(uniform.shape, dtype=torch.int64, device=policy.device)

@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 from shoestring.tasks.base import check_split
-from shoestring.tasks.rows import Checked, Row, checked_answer, hold_back, split_rows
+from shoestring.tasks.rows import Checked, Row, checked_answer, column, hold_back, split_rows
 from shoestring.types import Problem
 
 _HUB = "openai/gsm8k@main"
@@ -28,10 +28,10 @@ class Gsm8k(Checked):
 
 def _problem(row: Row, split: str, index: int) -> Problem:
     """From a local row (the answer is a number, the text is under `solution`) or the hub's (`answer` is the text)."""
-    text = row.get("solution") or row["answer"]
-    answer = row["answer"] if row.get("solution") else text.rpartition("####")[2].strip().replace(",", "")
     where = f"gsm8k {split} row {index}"
+    stated = column(row, where, "answer")
+    text = row.get("solution") or stated
+    answer = stated if row.get("solution") else text.rpartition("####")[2].strip().replace(",", "")
     meta = {"solution": _CALCULATOR_NOTE.sub("", text)}
-    return Problem(
-        str(row.get("id") or f"gsm8k-{split}-{index:05d}"), row["question"], checked_answer(answer, where), meta
-    )
+    identity = str(row.get("id") or f"gsm8k-{split}-{index:05d}")
+    return Problem(identity, column(row, where, "question"), checked_answer(answer, where), meta)

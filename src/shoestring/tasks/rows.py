@@ -85,7 +85,10 @@ def read_rows(path: Path) -> list[Row]:
         raise DataError(f"the data file is {path}", "its kind is not known", "use " + ", ".join(ENDINGS))
     if not path.is_file():
         raise DataError(f"the data file is {path}", "there is no such file", "give the path of a data file")
-    rows = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix](path)
+    try:
+        rows = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix](path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"the data file is {path}", f"it is not UTF-8 ({error})", "save it as UTF-8") from None
     if not rows:
         raise DataError(f"the data file is {path}", "it holds no rows", "give a file with at least one problem")
     return rows
@@ -93,7 +96,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -107,15 +110,29 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 
 def _read_csv(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def _read_parquet(path: Path) -> list[Row]:
     need("pyarrow", "data", f"{path} is a Parquet file")
+    import pyarrow
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_table(path).to_pylist()
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"the data file is {path}", f"it is no Parquet ({error})", "give a Parquet file") from None
+
+
+def column(row: Row, where: str, *names: str) -> Any:
+    """The row's value under the first of the names that it has; raises `DataError` if it has none of them."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise DataError(
+        f"{where} has the columns {', '.join(map(str, row))}", f'"{names[0]}" is missing', "add it to every row"
+    )
 
 
 def hub_rows(name: str, split: str) -> Iterable[Row]:
