@@ -30,7 +30,7 @@ help:  ## What there is to make.
 	$(BIN)/pip install -q -e ".[test]" -c constraints.txt
 	@touch $@
 
-demo: .venv/base  ## Train the embedded model with S-GRPO (two minutes); STEPS=20 for a taste.
+demo: .venv/base  ## Train the embedded model with S-GRPO (a minute); STEPS=20 for a taste.
 	$(BIN)/python examples/demo.py $(if $(STEPS),--steps $(STEPS))
 
 demo-compare: .venv/base  ## The same with GRPO, S-GRPO and T-SPMO, side by side.

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from shoestring import evaluate, load, load_policy, train
-from shoestring.environment import command, device_name, versions
+from shoestring.environment import device_name, versions
 from shoestring.evaluation import EvalSettings, Evaluation
+from shoestring.loop import where_it_lies
 from shoestring.policy import Policy
 from shoestring.samplers import SAMPLERS
 
@@ -34,8 +35,8 @@ def measure(policy: Policy, config: Any) -> Evaluation:
     return evaluate(policy, engine, config.task, EvalSettings(max_new_tokens=config.sampling.max_new_tokens))
 
 
-def run(algorithm: str, steps: int | None, seed: int, out: Path) -> dict[str, Any]:
-    """Trains with one algorithm into `out` and returns the figures, before and after."""
+def run(algorithm: str, steps: int | None, seed: int, out: Path) -> tuple[dict[str, Any], str]:
+    """Trains with one algorithm into `out`; the figures, before and after, and where the run lies."""
     shutil.rmtree(out, ignore_errors=True)  # the demo's own folder, made anew each time
     overrides = [f"algorithm.name={algorithm}", f"seed={seed}", f"out={out}"] + ([f"steps={steps}"] if steps else [])
     config = load(RECIPE, overrides)
@@ -50,7 +51,7 @@ def run(algorithm: str, steps: int | None, seed: int, out: Path) -> dict[str, An
     after = measure(finished.policy, config)
     console.print(f"after:  {after.accuracy:.1%}", end="")
     console.print(f" (95 % interval {after.low:.1%} to {after.high:.1%}), {seconds:.0f} s of training\n")
-    return {
+    figures = {
         "algorithm": algorithm,
         "seed": seed,
         "before": before.accuracy,
@@ -63,22 +64,24 @@ def run(algorithm: str, steps: int | None, seed: int, out: Path) -> dict[str, An
         "steps": len(finished.reports),
         "seconds": seconds,
     }
+    return figures, where_it_lies(finished)
 
 
 def demo(steps: int | None, seed: int) -> bool:
     """S-GRPO alone; writes runs/demo/result.json. Whether the accuracy is what it should be."""
     out = Path("runs/demo")
-    result = run("s-grpo", steps, seed, out)
+    result, place = run("s-grpo", steps, seed, out)
     kept = ("before", "after", "low", "high", "problems", "seconds")
     (out / "result.json").write_text(json.dumps({key: result[key] for key in kept}, indent=1) + "\n", encoding="utf-8")
-    console.print(f"result:   {out / 'result.json'}")
+    console.print(f"{place}\nresult:   {out / 'result.json'}")
     return result["after"] >= PASSING
 
 
 def compare(steps: int | None, seed: int) -> bool:
     """All three algorithms from the same start; writes runs/demo-compare/result.json."""
     root = Path("runs/demo-compare")
-    results = [run(algorithm, steps, seed, root / algorithm) for algorithm in ("grpo", "s-grpo", "t-spmo")]
+    runs = [run(algorithm, steps, seed, root / algorithm) for algorithm in ("grpo", "s-grpo", "t-spmo")]
+    results = [figures for figures, _ in runs]
     table = Table(title="2x2-digit multiplication, embedded model, greedy on held-out problems")
     for heading in (
         "algorithm",
@@ -112,8 +115,9 @@ def compare(steps: int | None, seed: int) -> bool:
         "rows": results,
     }
     (root / "result.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    for _, place in runs:
+        console.print(f"{place}\n")
     console.print(f"result:   {root / 'result.json'}")
-    console.print(f"adapters, metrics and samples: {root}/<algorithm>/; evaluate one by: {command()} eval {root}/grpo")
     return all(r["after"] >= PASSING for r in results)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from shoestring.adapters import ADAPTERS
 from shoestring.algorithms import ALGORITHMS
 from shoestring.cli import app
 from shoestring.tasks import TASKS
+from shoestring.tasks.base import SPLITS
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -38,6 +40,26 @@ def test_commands_recipes_and_settings_exist(page) -> None:
             configs.load(ROOT / recipe if recipe else None, changes)
     for target in re.findall(r"\bmake ([a-z-]+\d?)", text):
         assert re.search(rf"(?m)^{target}:", (ROOT / "Makefile").read_text()), target
+
+
+def test_the_examples_of_adding_one_work_as_they_stand() -> None:
+    """The task's splits share nothing and its references score; the algorithm gives the advantages it promises."""
+    import torch
+
+    from shoestring.types import Completion, Group, Problem, Prompt, Score
+
+    made: dict[str, Any] = {"__name__": "made"}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL):
+        exec(block, made)
+    assert made["brief"]([[{"content": "12"}]], ["12"]) == [1.0]
+    task = made["Sums"]()
+    seen = [{p.question for p in task.problems(split)} for split in SPLITS]
+    assert sum(map(len, seen)) == len(set().union(*seen)) == 10_000
+    assert all(task.score(p, f"#### {p.answer}").value == 1.0 for p in task.problems("test"))
+    completions = tuple(Completion((i, 5), (0.0, 0.0), "end") for i in range(3))
+    group = Group(Prompt(Problem("1", "?", "1"), (1,), 1), completions, tuple(Score(r) for r in (1.0, 0.0, 0.0)))
+    credit = made["RLOO"]().credit(group, torch.Generator())
+    assert credit.advantage.tolist() == pytest.approx([1, 1, -0.5, -0.5, -0.5, -0.5])
 
 
 def test_the_readme_names_every_table_entry() -> None:

@@ -55,8 +55,11 @@ def train(
         models.locate(configs.settle(values or {}).model.name)
 
     from shoestring.loop import train as run_training
+    from shoestring.loop import where_it_lies
 
     run = run_training(values, resume=resume, quiet=quiet)
+    if not quiet:
+        print(where_it_lies(run))
     if run.stopped_by:
         raise SystemExit(128 + run.stopped_by)
 

@@ -47,6 +47,8 @@ class Run:
     policy: Policy
     stopped_by: int = 0
     """The signal that ended it early, or 0."""
+    best_step: int = -1
+    """Steps done at the best of its evaluations; -1 without any."""
 
     @property
     def adapter(self) -> Path:
@@ -138,8 +140,7 @@ def _run(folder: Path, config: RunConfig, scorer: Rewards, *, quiet: bool) -> Ru
             _evaluate(session, state)
         session.save(state)
         _save_adapter(session, state)
-    reporter.say(where_it_lies(folder, config, state))
-    return Run(folder, config, report.read_metrics(folder), policy, stopped[0] if stopped else 0)
+    return Run(folder, config, report.read_metrics(folder), policy, stopped[0] if stopped else 0, state.best_step)
 
 
 def _step(session: Session, state: State) -> None:
@@ -410,14 +411,16 @@ def describe(config: RunConfig, policy: Policy, folder: Path, state: State) -> s
     )
 
 
-def where_it_lies(folder: Path, config: RunConfig, state: State) -> str:
-    kept = f" (best of the evaluations: step {state.best_step})" if config.evaluation.keep == "best" else ""
-    return "\n".join(
-        [
-            f"adapter:  {folder / 'adapter'}{kept}",
-            f"metrics:  {folder / 'metrics.jsonl'}",
-            f"samples:  {folder / 'samples.jsonl'}",
-            f"evaluate: {command()} eval {folder}{runs.split_hint(folder, config)}",
-        ]
-        + ([f"go on:    {command()} train --resume {folder}"] if state.step < config.steps else [])
-    )
+def where_it_lies(run: Run) -> str:
+    """The closing lines of a run: its files, and the commands for what comes next."""
+    best = run.config.evaluation.keep == "best" and run.best_step >= 0
+    kept = f" (best of the evaluations: step {run.best_step})" if best else ""
+    lines = [
+        f"adapter:  {run.adapter}{kept}",
+        f"metrics:  {run.folder / 'metrics.jsonl'}",
+        f"samples:  {run.folder / 'samples.jsonl'}",
+        f"evaluate: {command()} eval {run.folder}{runs.split_hint(run.folder, run.config)}",
+    ]
+    if len(run.reports) < run.config.steps:
+        lines.append(f"go on:    {command()} train --resume {run.folder}")
+    return "\n".join(lines)
