@@ -1,6 +1,6 @@
 """Runs `make demo-compare` over seeds and writes bench/results/demo-compare.json.
 
-    python bench/demo_compare.py [SEEDS]            three seeds by default; some two minutes each on two idle cores
+python bench/demo_compare.py [SEEDS]            three seeds by default; some two minutes each on two idle cores
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writes the tables of README.md and docs/results.md from the files under bench/results/: no figure is typed by hand.
 
-    python bench/tables.py            rewrites what stands between <!-- table NAME --> and <!-- end -->
+python bench/tables.py            rewrites what stands between <!-- table NAME --> and <!-- end -->
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def demo_compare() -> str:
             ]
         )
     seeds = len({row["seed"] for row in found["rows"]})
-    versions = found["versions"]
+    first, versions = found["rows"][0], found["versions"]
     note = (
-        f"\nGreedy accuracy on {found['rows'][0]['problems']} held-out problems after {found['rows'][0]['steps']} steps; means of "
+        f"\nGreedy accuracy on {first['problems']} held-out problems after {first['steps']} steps; means of "
         f"{seeds} seeds, with the least and the greatest. {found['device']}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, {found['date']}.\n"
     )
