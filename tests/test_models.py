@@ -366,7 +366,7 @@ def test_evaluations_during_a_run_with_cut_prompts_cut_them_too() -> None:
 
 # --- GGUF -----------------------------------------------------------------------------------------------------------
 
-MERGED = 255  # stands for " t" in place of a byte that no test writes, so that the file has a merge, as any BPE has
+MERGED = 254  # this and the next stand for " t" and " a" in place of bytes that no test writes, so that the file has merges
 
 
 def write_gguf(path: str, model: Any, family: str) -> None:
@@ -384,12 +384,12 @@ def write_gguf(path: str, model: Any, family: str) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
 
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    tokens[MERGED] = "Ġt"
+    tokens[MERGED : MERGED + 2] = ["Ġt", "Ġa"]
     kinds = [gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * (len(tokens) - 256)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_token_merges(["Ġ t"])
+    writer.add_token_merges(["Ġ t", "Ġ a"])  # two: a list of one is read as a bare string by transformers 5.17
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_chat_template(tokenizer.chat_template)

@@ -123,14 +123,15 @@ def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel
             use_safetensors=None if source.gguf_file else True,
             **options,
         )
+        if source.gguf_file:
+            model = _plain_copy(model)
+            _take_end_token(tokenizer, model.config.eos_token_id)
     except Exception as error:  # readers of half a dozen formats raise as many kinds
         raise _load_error(settings.name, error) from error
     if not tokenizer("1")["input_ids"]:
         raise ConfigError(
             f'model is "{settings.name}"', "its tokenizer turns text into nothing", "put tokenizer.json into its folder"
         )
-    if source.gguf_file:
-        model = _plain_copy(model)
     tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of what the model wrote
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer, source
@@ -162,6 +163,12 @@ def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     return plain
+
+
+def _take_end_token(tokenizer: PreTrainedTokenizerBase, end: Any) -> None:
+    """The end token that the file itself names: transformers 5.17 puts the begin token in its place."""
+    if isinstance(end, int) and tokenizer.eos_token_id != end:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
 
 
 def stored_dtype(name: str) -> Any:
