@@ -369,8 +369,6 @@ def test_evaluations_during_a_run_with_cut_prompts_cut_them_too() -> None:
 # --- GGUF -----------------------------------------------------------------------------------------------------------
 
 MERGED = 254  # this and the next stand for " t" and " a" instead of bytes that no test writes: any BPE has merges
-    254  # this and the next stand for " t" and " a" in place of bytes that no test writes, so that the file has merges
-)
 
 
 def write_gguf(path: str, model: Any, family: str) -> None:
