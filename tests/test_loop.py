@@ -158,7 +158,7 @@ def test_a_step_that_is_not_finite_is_never_applied(planted: dict[str, Any], val
     assert "not finite" in str(caught.value)
     done = metrics()
     assert [m["applied"] for m in done] == [True, False, False, False]
-    for name in ("adapter.safetensors", "optimizer.safetensors"):
+    for name in ("weights.safetensors", "optimizer.safetensors"):
         first, last = (
             load_file(f"{folder}/{name}") for folder in ("before/checkpoints/step-1", "run/checkpoints/step-4")
         )
@@ -214,7 +214,7 @@ def test_the_best_adapter_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "evaluate", lambda *a: dataclasses.replace(real(*a), accuracy=next(found)))
     train(config(eval_every=2, evaluation={"num": 5, "keep": "best"}), quiet=True)
     kept = weights("run")
-    at_2 = load_file("run/checkpoints/step-2/adapter.safetensors")
+    at_2 = load_file("run/checkpoints/step-2/weights.safetensors")
     assert all(torch.equal(value, at_2[key.replace(".weight", ".default.weight")]) for key, value in kept.items())
 
 

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shoestring import heads
 from shoestring.adapters.base import decoder_layers
 from shoestring.algorithms import ALGORITHMS
 from shoestring.batch import collate
-from shoestring.heads import POST_HEAD, gathered_logprobs, selected_logprobs
+from shoestring.heads import POST_HEAD
 from shoestring.loss import Objective
 from shoestring.optim import build_optimizer, update
 from shoestring.policy import Policy
@@ -102,22 +101,6 @@ def test_an_unlisted_family_goes_through_its_own_logits_and_says_so(caplog: pyte
     torch.testing.assert_close(policy.logprobs(batch), full_logprobs(policy, batch, 1.0), atol=1e-5, rtol=0)
 
 
-def test_tiles_equal_one_piece_with_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(50, 8), torch.randn(VOCAB, 8)
-    target = torch.randint(0, VOCAB, (50,))
-    plain = hidden.clone().requires_grad_()
-    gathered_logprobs(plain @ weight.T, target, 0.9).sum().backward()
-    monkeypatch.setattr(heads, "_KEPT", 0)
-    monkeypatch.setattr(heads, "_TILE", 16 * VOCAB)
-    tiled = hidden.clone().requires_grad_()
-    found = selected_logprobs(lambda rows: rows @ weight.T, tiled, target, 0.9, VOCAB)
-    torch.testing.assert_close(found, gathered_logprobs(hidden @ weight.T, target, 0.9), atol=1e-6, rtol=0)
-    found.sum().backward()
-    torch.testing.assert_close(tiled.grad, plain.grad, atol=1e-6, rtol=0)
-    assert selected_logprobs(lambda rows: rows @ weight.T, hidden[:0], target[:0], 1.0, VOCAB).shape == (0,)
-
-
 @pytest.mark.parametrize("algorithm", ["grpo", "s-grpo", "t-spmo"])
 def test_one_micro_batch_or_eight_give_the_same_gradient(algorithm: str) -> None:
     policy = random_policy()
@@ -183,7 +166,7 @@ def test_adapter_off_is_the_base_model_bit_for_bit_after_training() -> None:
 class Settings:
     """Stands for [optim]."""
 
-    lr, betas, eps, weight_decay = 1e-2, (0.9, 0.99), 1e-8, 0.0
+    name, lr, betas, eps, weight_decay = "adamw", 1e-2, (0.9, 0.99), 1e-8, 0.0
 
 
 def base_hash(policy: Policy) -> str:

@@ -38,7 +38,7 @@ def warmed(out: str = "warm", **changes: Any) -> Path:
 def small_rows(**settings: Any) -> tuple[Policy, SftConfig, list[Any], int]:
     """The policy, the config and the rows of a warm start on eight problems."""
     config = SftConfig(num=8, **settings)
-    policy = load_policy(ModelSettings(), train_all=True, device="cpu")
+    policy = load_policy(ModelSettings(), adapter=config.adapter, device="cpu")
     rows, left_out = supervised._rows(policy, config, supervised._problems(config))
     return policy, config, rows, left_out
 
@@ -215,9 +215,9 @@ def test_a_run_on_a_warm_model_can_be_merged_and_a_model_without_an_adapter_cann
     assert not Path("merged").exists()
 
 
-@pytest.mark.parametrize("adapter", [None, "none", {"name": "none"}])
-def test_no_adapter_is_spelled_in_three_ways(adapter: Any) -> None:
-    assert SftConfig(adapter=adapter).adapter is None
+@pytest.mark.parametrize("given", [{}, {"adapter": "none"}, {"adapter": {"name": "none"}}])
+def test_no_adapter_is_the_default_and_is_spelled_in_two_ways(given: dict[str, Any]) -> None:
+    assert SftConfig(**given).adapter.name == "none"
 
 
 def test_settings_are_strict() -> None:

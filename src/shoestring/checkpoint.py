@@ -1,11 +1,12 @@
-"""Save and resume: adapter, optimizer, place in the data. Safetensors and JSON only; whole or not there at all."""
+"""Save and resume: trained weights, optimizer, place in the data. Safetensors and JSON only; whole or not there at
+all."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shoestring.errors import ConfigError
+from shoestring.optim import set_learning_rate
 from shoestring.runs import replace_folder
 from shoestring.types import Problem, Prompt
+
+
+@dataclass
+class Pieces:
+    """How the training of a step is cut. Lowered for good by a phase that ran out of memory."""
+
+    micro_batch_tokens: int = 16_384
+    checkpointing: bool = False
+    may_checkpoint: bool = True
+    """Whether checkpointing may be turned on where a single row does not fit without it."""
 
 
 @dataclass
@@ -36,6 +48,12 @@ class State:
     """Steps in a row that were not applied because a number was not finite."""
     culprits: str = ""
     """The problems behind the last of them."""
+    wave_tokens: int | None = None
+    """Cache slots of a wave, as proved to fit."""
+    pieces: Pieces = field(default_factory=Pieces)
+    """How training is cut, as proved to fit."""
+    planned: list[Any] = field(default_factory=list)
+    """What these sizes were lowered from."""
 
 
 def save(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: State) -> Path:
@@ -49,9 +67,9 @@ def save(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.
         return target
 
     def write(draft: Path) -> None:
-        weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-        save_file(weights, draft / "adapter.safetensors")
-        save_file(_moments(parameters, optimizer), draft / "optimizer.safetensors")
+        for name, tensors in (("weights", parameters), ("optimizer", moments(parameters, optimizer))):
+            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(plain, draft / f"{name}.safetensors")
         (draft / "state.json").write_text(values, encoding="utf-8")
 
     replace_folder(target, write)
@@ -66,39 +84,60 @@ def latest(folder: Path) -> Path | None:
 
 def restore(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
     """Loads weights and optimizer in place and returns the state."""
-    weights = load_file(path / "adapter.safetensors")
-    if weights.keys() != parameters.keys():
-        raise ConfigError(
-            f"the checkpoint is {path}",
-            "its adapter has other weights than the config asks for",
-            "use the run's own config",
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    _restore_moments(load_file(path / "optimizer.safetensors"), parameters, optimizer)
+    own = load_file(path / "optimizer.safetensors")
+    _make_moments({name.rpartition(":")[0] for name in own}, parameters, optimizer)
+    _fill(parameters, load_file(path / "weights.safetensors"), path)
+    _fill(moments(parameters, optimizer), own, path)
     values: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return State(**{**values, "replays": [_prompt(value) for value in values["replays"]]})
+    records = {"replays": [_prompt(value) for value in values["replays"]], "pieces": Pieces(**values["pieces"])}
+    return State(**{**values, **records})
 
 
 def _prompt(value: Mapping[str, Any]) -> Prompt:
     return Prompt(Problem(**value["problem"]), tuple(value["token_ids"]), value["answer_start"])
 
 
-def _moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors by "parameter name:what"."""
+def moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's own tensors by "parameter name:what"."""
     return {
-        f"{name}:{key}": value.detach().cpu().contiguous()
+        f"{name}:{part}": tensor
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
+        for part, tensor in _parts(key, value).items()
     }
 
 
-def _restore_moments(
-    tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+def _parts(key: str, value: Tensor) -> dict[str, Tensor]:
+    """A tensor, or the plain tensors that a quantised one is made of, such as "exp_avg.codes"."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return {key: value.detach()}
+    names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
+    return {part: t for name in names for part, t in _parts(f"{key}.{name}", getattr(value, name)).items()}
+
+
+def _make_moments(
+    names: Iterable[str], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    for full_name, value in tensors.items():
-        name, _, key = full_name.rpartition(":")
-        parameter = parameters[name]
-        # AdamW counts its steps on the CPU; its moments lie beside the weights.
-        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+    """Has the optimizer make its state for the named parameters: each knows the type and the place of its own.
+
+    It does that in its first step. This one has no gradient and no rate.
+    """
+    for name in names:
+        if name in parameters:
+            parameters[name].grad = torch.zeros_like(parameters[name])
+    set_learning_rate(optimizer, 0.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _fill(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], path: Path) -> None:
+    """Copies values into the tensors of the same names."""
+    if tensors.keys() != values.keys():
+        raise ConfigError(
+            f"the checkpoint is {path}",
+            "what was trained has other weights than the config asks for",
+            "use the run's own config",
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(values[name])

@@ -16,6 +16,7 @@ from shoestring.adapters import ADAPTERS
 from shoestring.algorithms import ALGORITHMS
 from shoestring.errors import ConfigError
 from shoestring.loss import Objective
+from shoestring.memory import checked_size
 from shoestring.models import ModelSettings
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.settings import Settings, build, pick
@@ -25,6 +26,8 @@ from shoestring.tasks import TASKS
 class OptimSettings(Settings):
     """AdamW (arXiv 1711.05101) over the trained weights."""
 
+    name: Literal["adamw", "adamw-8bit", "adamw-cpu"] = "adamw"
+    """Where its state lies: in fp32 beside the weights, in 8 bits (needs the extra `full`), or in the host's memory."""
     lr: float = Field(default=3e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = Field(default=1e-8, gt=0)
@@ -65,17 +68,20 @@ class EvaluationSettings(Settings):
     num: int = Field(default=100, ge=1)
     """Problems, the first ones of the split."""
     keep: Literal["last", "best"] = "last"
-    """Which adapter the run ends with: the last, or the one with the best accuracy in these evaluations."""
+    """Which weights the run ends with: the last, or those with the best accuracy in these evaluations."""
 
 
 class ExecutionSettings(Settings):
     """How a step is carried out. Nothing here changes its result beyond rounding."""
 
     device: str = "auto"
-    micro_batch_tokens: int = Field(default=16_384, ge=1)
-    """Padded tokens that the training forward takes at once."""
-    checkpointing: bool = False
-    """Recompute the layers that carry gradient in the backward pass: less memory, more time."""
+    wave_tokens: int | None = Field(default=None, ge=1)
+    """Cache slots that sampling fills at once; None leaves it to the memory plan."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Padded tokens that the training forward takes at once; None leaves it to the memory plan."""
+    checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute the layers that carry gradient in the backward pass: less memory, more time. "auto" leaves it to the
+    memory plan."""
 
 
 def named_model(value: Any) -> Any:
@@ -106,6 +112,9 @@ class RunConfig(Settings):
     rewards: RewardSettings = RewardSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     execution: ExecutionSettings = ExecutionSettings()
+    memory: Annotated[str | None, BeforeValidator(checked_size)] = None
+    """The most memory that the run may reserve on the card, such as "6GiB" or "50%"; without it, training may use what
+    sampling needs. On the CPU it bounds what the plan predicts."""
     steps: int = Field(default=150, ge=1)
     seed: int = Field(default=0, ge=0)
     eval_every: int = Field(default=0, ge=0)
@@ -130,7 +139,10 @@ class RunConfig(Settings):
             raise ConfigError(
                 f"objective is {given!r}", "it is a table", "write [objective] with keys such as beta = 0.04"
             )
-        return {**data, "objective": {**algorithm.objective._asdict(), **given}}
+        defaults = algorithm.objective._asdict()
+        if pick(ADAPTERS, "adapter", data.get("adapter", {}), "lora").name == "none":
+            defaults["l2"] = 0.0  # an adapter of 0 is the base model; a model of 0 is none
+        return {**data, "objective": {**defaults, **given}}
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -146,7 +158,29 @@ class RunConfig(Settings):
                 "greedy completions of a prompt are all the same, so every advantage would be 0",
                 "use 1.0",
             )
+        if self.adapter.name == "none":
+            self._suits_training_all_weights()
         return self
+
+    def _suits_training_all_weights(self) -> None:
+        if self.objective.l2 > 0:
+            raise ConfigError(
+                f'objective.l2 is {self.objective.l2} and adapter.name "none"',
+                "it would pull every weight of the model to 0",
+                "write objective.l2 = 0; objective.beta holds the model near its start",
+            )
+        if self.model.dtype == "nf4":
+            raise ConfigError(
+                'model.dtype is "nf4" and adapter.name "none"',
+                "a step is smaller than what lies between two values of a 4-bit weight",
+                'use adapter.name = "lora", or another dtype',
+            )
+        if self.model.dtype == "fp16":
+            raise ConfigError(
+                'model.dtype is "fp16" and adapter.name "none"',
+                "the weights' gradients would be fp16 too, in which most of them are 0",
+                'use "bf16" or "fp32"',
+            )
 
 
 # The entry that a table without `name` holds settings of.
@@ -200,7 +234,8 @@ def overridden(values: Mapping[str, Any], text: str) -> dict[str, Any]:
             raise ConfigError(f'the override is "{text}"', f"{part} is not a table", "write a key of a table")
         table = inner
     value = _value(raw.strip())
-    if last == "name" and len(parents) == 1 and table.get("name", DEFAULTS.get(parents[0], value)) != value:
+    fresh = last == "name" and len(parents) == 1 and parents != ["optim"]  # the optimizers share their settings
+    if fresh and table.get("name", DEFAULTS.get(parents[0], value)) != value:
         table.clear()
     table[last] = value
     return changed

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-# Elements of a logits tile: 2^25 are 128 MiB in fp32. Below 2^22 a backward pass keeps them instead of recomputing.
-_TILE = 2**25
-_KEPT = 2**22
+# Elements of a logits tile (16 MiB in fp32), and its rows at most. Logits of at most 2^20 elements are kept for the
+# backward pass: that takes the memory of a tile, and less time.
+_TILE = 2**22
+_ROWS = 1024
+_KEPT = 2**20
 
 Head = Callable[[Tensor], Tensor]
 
 
+def _same(logits: Tensor) -> Tensor:
+    return logits
+
+
 def _plain(config: Any) -> Head:
-    return lambda logits: logits
+    return _same
 
 
 def _soft_cap(config: Any) -> Head:
@@ -52,37 +60,340 @@ POST_HEAD: dict[str, Callable[[Any], Head]] = {
 }
 
 
+@overload
 def selected_logprobs(
-    logits_of: Callable[[Tensor], Tensor],
     hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    bias: Float[Tensor, " V"] | None,
     target: Int[Tensor, " N"],
     temperature: float,
-    vocab_size: int,
-) -> Float[Tensor, " N"]:
-    """log-softmax(logits / temperature) at the targets, in fp32, in tiles of rows.
+    post: Head | None = None,
+    *,
+    entropy: Literal[False] = False,
+) -> Float[Tensor, " N"]: ...
 
-    `logits_of` maps hidden rows [n, H] to logits [n, V]. With gradient, tiles are recomputed in the backward pass,
-    unless all of them together are small.
+
+@overload
+def selected_logprobs(
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    bias: Float[Tensor, " V"] | None,
+    target: Int[Tensor, " N"],
+    temperature: float,
+    post: Head | None = None,
+    *,
+    entropy: Literal[True],
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]: ...
+
+
+def selected_logprobs(
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    bias: Float[Tensor, " V"] | None,
+    target: Int[Tensor, " N"],
+    temperature: float,
+    post: Head | None = None,
+    *,
+    entropy: bool = False,
+) -> Float[Tensor, " N"] | tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """log-softmax(post(hidden weight^T + bias) / temperature) at the targets, [N] in fp32; with `entropy`, also the
+    entropy of each row's distribution in nats, [N].
+
+    Logits exist one tile of rows and vocabulary at a time, in the type of `hidden` (or autocast's); what follows them
+    is fp32. The backward pass recomputes each tile from `hidden` and log Z, as in arXiv 2411.09009 and 2410.10989.
     """
-    if hidden.shape[0] == 0:
-        return hidden.new_zeros(0, dtype=torch.float32)
-
-    def tile(rows: Tensor, wanted: Tensor) -> Tensor:
-        return gathered_logprobs(logits_of(rows), wanted, temperature)
-
-    if hidden.shape[0] * vocab_size <= _KEPT:
-        return tile(hidden, target)
-    size = max(_TILE // vocab_size, 16)
-    parts = [
-        checkpoint(tile, rows, wanted, use_reentrant=False) if torch.is_grad_enabled() else tile(rows, wanted)
-        for rows, wanted in zip(hidden.split(size), target.split(size), strict=True)
-    ]
-    return torch.cat(parts)
+    if len(hidden) * len(weight) <= _KEPT:
+        logits = F.linear(hidden, weight, bias)
+        logits = post(logits) if post else logits
+        found = gathered_logprobs(logits, target, temperature)
+        return (found, full_entropy(logits, temperature)) if entropy else found
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    how = _How(temperature, None if post is _same else post, dtype, entropy)
+    found, spread = _SelectedLogprobs.apply(hidden, weight, bias, target, how)
+    return (found, spread) if entropy else found
 
 
 def gathered_logprobs(
     logits: Float[Tensor, "N V"], target: Int[Tensor, " N"], temperature: float
 ) -> Float[Tensor, " N"]:
     """The slow, obvious form: all logits at hand."""
-    scaled = logits.float() / temperature
+    scaled = _wide(logits) / temperature
     return scaled.gather(-1, target[:, None]).squeeze(-1) - scaled.logsumexp(-1)
+
+
+def full_entropy(logits: Float[Tensor, "N V"], temperature: float) -> Float[Tensor, " N"]:
+    """The entropy of each row in nats, with all logits at hand."""
+    logprobs = torch.log_softmax(_wide(logits) / temperature, -1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def tile_shape(num_rows: int, vocab_size: int) -> tuple[int, int]:
+    """Rows and vocabulary columns of a tile of logits; few rows make it wide."""
+    rows = min(max(num_rows, 1), _ROWS)
+    columns = max(_TILE // rows, 1)
+    if columns > 64:
+        columns -= columns % 64  # odd strides keep matrix products off the tensor cores
+    return rows, min(columns, vocab_size)
+
+
+def head_bytes(
+    num_rows: int,
+    vocab_size: int,
+    hidden_size: int,
+    itemsize: int,
+    *,
+    frozen: bool = True,
+    entropy: bool = False,
+    post: bool = False,
+) -> int:
+    """Bytes that `selected_logprobs` and its backward pass hold at most, beside the inputs and their gradients.
+
+    `itemsize` is that of hidden and weight, `frozen` says that weight and bias get no gradient, `post` that a
+    transform follows the logits.
+    """
+    if num_rows * vocab_size <= _KEPT:
+        return (16 + 8 * entropy + itemsize * post) * num_rows * vocab_size + 32 * num_rows
+    rows, columns = tile_shape(num_rows, vocab_size)
+    tile, vectors = rows * columns, 4 * num_rows * (4 + 2 * entropy) + 40 * rows
+    if itemsize >= 4:
+        return itemsize * (3 if post else 2 if entropy else 1) * tile + vectors
+    several = num_rows > rows and not frozen
+    product = itemsize * hidden_size * (max(rows, columns) if several else rows)
+    held = max((itemsize + 4 + 2 * entropy + 2 * post) * tile, itemsize * tile + product) + vectors
+    if frozen:
+        return 4 * rows * hidden_size + held
+    held += 4 * columns * hidden_size * several
+    # the sums over hidden are rounded at the end, so a returned gradient is not yet there while tiles are
+    return 4 * num_rows * hidden_size + max(held - itemsize * num_rows * hidden_size, vectors)
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is done with hidden states, beside the tensors it is done with."""
+
+    temperature: float
+    post: Head | None
+    dtype: torch.dtype
+    """Of the matrix products."""
+    entropy: bool
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[n, c] from hidden rows [n, H] and vocabulary rows [c, H], before `post`."""
+        bias = None if bias is None else bias.to(self.dtype)
+        return F.linear(hidden.to(self.dtype), weight.to(self.dtype), bias)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """post(logits) / temperature in fp32, [n, c]; in the memory of `logits` where that can be."""
+        scores = _wide(self.post(logits) if self.post else logits)
+        return scores if self.temperature == 1 else scores.div_(self.temperature)
+
+    def through_post(self, logits: Tensor, grad: Tensor) -> None:
+        """Turns the gradient behind `post` into that before it, in place, [n, c]; a few rows at a time, since
+        autograd keeps copies."""
+        size = len(logits) // 8 + 1
+        for part, piece in zip(logits.split(size), grad.split(size), strict=True):
+            with torch.enable_grad():
+                leaf = part.detach().requires_grad_()
+                out = self.post(leaf)  # type: ignore[misc]
+            piece.copy_(torch.autograd.grad(out, leaf, piece)[0])
+
+
+class _Running:
+    """Softmax statistics of n rows over the vocabulary tiles seen so far: the largest score m, the sum of e^(z - m),
+    and, for the entropy, that of e^(z - m) (z - m)."""
+
+    def __init__(self, like: Tensor):
+        """`like`, [n], has the type and the device."""
+        self.top = torch.full_like(like, -torch.inf)
+        self.mass = torch.zeros_like(like)
+        self.moment = torch.zeros_like(like)
+        self.picked = torch.full_like(like, torch.nan)
+
+    def add(self, scores: Tensor, target: Tensor, start: int, entropy: bool) -> None:
+        """Takes in the tile whose columns begin at `start`; overwrites `scores`, [n, c]."""
+        inside, place = _place(target, start, scores.shape[1])
+        self.picked = torch.where(inside, scores.gather(1, place[:, None]).squeeze(1), self.picked)
+        top = torch.maximum(self.top, scores.amax(1))
+        drop = self.top - top
+        decay = drop.exp()
+        scores.sub_(top[:, None])
+        if entropy:
+            powers = scores.exp()
+            drop.clamp_min_(-200.0)  # e^-200 is nothing, and 0 times it no NaN as with -inf
+            self.moment = decay * (self.moment + drop * self.mass) + scores.mul_(powers).sum(1)
+        else:
+            powers = scores.exp_()
+        self.mass = decay * self.mass + powers.sum(1)
+        self.top = top
+
+
+class _SelectedLogprobs(torch.autograd.Function):
+    """Log-probs, [N], and entropy, [N] or None, with online sums over vocabulary tiles."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, how: _How
+    ) -> tuple[Tensor, Tensor | None]:
+        tile = tile_shape(len(hidden), len(weight))
+        logprob = hidden.new_empty(len(hidden), dtype=_wide_dtype(hidden))
+        log_z = torch.empty_like(logprob)
+        entropy = torch.empty_like(logprob) if how.entropy else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in _slices(len(hidden), tile[0]):
+                seen = _Running(logprob[rows])
+                for columns in _slices(len(weight), tile[1]):
+                    scores = how.scores(how.logits(hidden[rows], weight[columns], _cut(bias, columns)))
+                    seen.add(scores, target[rows], columns.start, how.entropy)
+                    del scores  # before the next tile comes
+                log_mass = seen.mass.log()
+                log_z[rows] = seen.top + log_mass
+                logprob[rows] = seen.picked - seen.top - log_mass
+                if entropy is not None:
+                    entropy[rows] = log_mass - seen.moment / seen.mass
+        ctx.save_for_backward(hidden, weight, bias, target, log_z, entropy)
+        ctx.how, ctx.tile = how, tile
+        return logprob, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_logprob, grad_entropy = grad_outputs
+        hidden, weight, bias, target, log_z, entropy = ctx.saved_tensors
+        tau = ctx.how.temperature
+        pull = _Pull(
+            ctx.how,
+            ctx.tile,
+            hidden,
+            weight,
+            bias,
+            target,
+            log_z,
+            entropy,
+            grad_logprob / tau,
+            None if grad_entropy is None else grad_entropy / tau,
+        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                grads = pull.to_all(*ctx.needs_input_grad[:3])
+            else:
+                grads = (pull.to_hidden(), None, None)
+        return *grads, None, None
+
+
+@dataclass(frozen=True)
+class _Pull:
+    """The backward pass: tiles of logits again, and their gradient's products with weight and hidden."""
+
+    how: _How
+    tile: tuple[int, int]
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    log_z: Tensor
+    entropy: Tensor | None
+    grad_logprob: Tensor
+    """[N], divided by the temperature, as is the next."""
+    grad_entropy: Tensor | None
+
+    def to_logits(self, rows: slice, columns: slice) -> Tensor:
+        """The gradient of one tile's logits, [n, c], in the type of the matrix products:
+        g (1[j = target] - p_j) - g_entropy p_j (log p_j + entropy)."""
+        logits = self.how.logits(self.hidden[rows], self.weight[columns], _cut(self.bias, columns))
+        scores = self.how.scores(logits)
+        before_post = logits if self.how.post else None
+        del logits
+        scores.sub_(self.log_z[rows, None])
+        grad = self.grad_logprob[rows, None]
+        if self.entropy is None or self.grad_entropy is None:
+            scores.exp_().mul_(-grad)
+        else:
+            powers = scores.exp()
+            scores.add_(self.entropy[rows, None]).mul_(-self.grad_entropy[rows, None]).sub_(grad).mul_(powers)
+            del powers
+        inside, place = _place(self.target[rows], columns.start, scores.shape[1])
+        scores.scatter_add_(1, place[:, None], grad * inside[:, None])
+        found = scores.to(self.how.dtype)
+        del scores
+        if before_post is not None:
+            self.how.through_post(before_post, found)
+        return found
+
+    def to_hidden(self) -> Tensor:
+        """[N, H], summed over the vocabulary in fp32 and rounded once."""
+        grad_hidden = torch.zeros_like(self.hidden)
+        for rows in _slices(len(self.hidden), self.tile[0]):
+            total = _wide(grad_hidden[rows])
+            for columns in _slices(len(self.weight), self.tile[1]):
+                _add_product(total, self.to_logits(rows, columns), self.weight[columns])
+            grad_hidden[rows] = total
+        return grad_hidden
+
+    def to_all(self, hidden: bool, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients that are asked for. All rows meet one slice of the vocabulary before the next, so that the
+        fp32 sum of the weight's gradient is that slice only."""
+        wide = _wide_dtype(self.hidden)
+        grad_hidden = torch.zeros_like(self.hidden, dtype=wide) if hidden else None
+        grad_weight = torch.zeros_like(self.weight) if weight else None
+        grad_bias = self.weight.new_zeros(len(self.weight), dtype=wide) if bias else None
+        for columns in _slices(len(self.weight), self.tile[1]):
+            self._slice_to_all(columns, grad_hidden, grad_weight, grad_bias)
+        if grad_bias is not None and self.bias is not None:
+            grad_bias = grad_bias.to(self.bias.dtype)
+        return None if grad_hidden is None else grad_hidden.to(self.hidden.dtype), grad_weight, grad_bias
+
+    def _slice_to_all(
+        self, columns: slice, grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None
+    ) -> None:
+        """Adds what one slice of the vocabulary, [c], gives to each gradient."""
+        every = _slices(len(self.hidden), self.tile[0])
+        total = _cut(grad_weight, columns)
+        if total is not None and len(every) > 1:
+            total = _wide(total)
+        for rows in every:
+            grad = self.to_logits(rows, columns)
+            if grad_hidden is not None:
+                _add_product(grad_hidden[rows], grad, self.weight[columns])
+            if total is not None:
+                _add_product(total, grad.T, self.hidden[rows])
+            if grad_bias is not None:
+                grad_bias[columns] += grad.sum(0, dtype=grad_bias.dtype)
+            del grad
+        if grad_weight is not None and total is not None:
+            grad_weight[columns] = total
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, [n, m] and [m, k], as a rule fp32 += bf16 bf16."""
+    b = b.to(a.dtype)
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda and torch.version.cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # the product is not rounded
+    else:
+        total.add_(a @ b)
+
+
+def _place(target: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
+    """Which targets, [n], lie in the columns from `start`, and where there; anywhere for the others."""
+    place = target - start
+    inside = place.clamp(0, length - 1)
+    return inside == place, inside
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(_wide_dtype(x))
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _cut(x: Tensor | None, part: slice) -> Tensor | None:
+    return None if x is None else x[part]

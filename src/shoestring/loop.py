@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from shoestring import checkpoint, replay, report, runs
-from shoestring.batch import collate, has_signal
+from shoestring import budgets, checkpoint, replay, report, runs
+from shoestring.batch import has_signal
 from shoestring.checkpoint import State
+from shoestring.clock import Clock
 from shoestring.config import RunConfig
 from shoestring.environment import command
 from shoestring.errors import NonFiniteError, ShoestringError
 from shoestring.evaluation import EvalSettings, evaluate
-from shoestring.optim import UpdateReport, build_optimizer, learning_rate, set_learning_rate, update
+from shoestring.memory import capped, give_back
+from shoestring.models import check_quantisation, pick_device
+from shoestring.optim import UpdateReport, build_optimizer, check_optimizer, learning_rate, set_learning_rate
+from shoestring.pieces import train_in_pieces
+from shoestring.plan import Plan, longest_problems
 from shoestring.policy import Policy, load_policy
 from shoestring.report import Reporter
 from shoestring.rewards import RewardFunction, Rewards, Row, Scored, TrainerState
 from shoestring.rollout import Rollout, encode, roll_out
 from shoestring.samplers.base import Engine
+from shoestring.signals import held_back
 from shoestring.tasks.base import stable_hash
-from shoestring.types import Credit, Group, Problem, Prompt, StepReport
+from shoestring.types import Batch, Credit, Group, Problem, Prompt, StepReport
 
 # A step whose gradient is not finite is skipped; so many in a row are no accident.
 _MOST_SKIPPED = 3
@@ -39,7 +40,7 @@ _MOST_SKIPPED = 3
 @dataclass(frozen=True)
 class Run:
     """A finished (or stopped) run: its folder, its settled config, its reports so far, and the policy as the last step
-    left it (with `evaluation.keep = "best"` the adapter in the folder may be an earlier one)."""
+    left it (with `evaluation.keep = "best"` the weights in the folder may be earlier ones)."""
 
     folder: Path
     config: RunConfig
@@ -49,6 +50,11 @@ class Run:
     """The signal that ended it early, or 0."""
     best_step: int = -1
     """Steps done at the best of its evaluations; -1 without any."""
+
+    @property
+    def result(self) -> Path:
+        """The folder of what was trained: the adapter, or the whole model."""
+        return self.folder / self.policy.result
 
     @property
     def adapter(self) -> Path:
@@ -93,6 +99,9 @@ class Session:
     engine: Engine
     optimizer: torch.optim.Optimizer
     reporter: Reporter
+    plan: Plan | None
+    """None for a model whose shape is not known."""
+    first_step: int
 
     def save(self, state: State) -> None:
         checkpoint.save(self.folder, self.policy.trained(), self.optimizer, state)
@@ -106,40 +115,54 @@ def _run(folder: Path, config: RunConfig, scorer: Rewards, *, quiet: bool) -> Ru
     problems = config.task.problems("train")
     if config.eval_every:
         config.task.problems(config.evaluation.split)  # a split that is not there is found now, not at its first use
+    check_optimizer(config.optim, config.execution.device)
+    check_quantisation(config.model)
+    device = pick_device(config.execution.device)
+    budget = budgets.checked_before_loading(config, device)
 
-    torch.manual_seed(config.seed)  # the adapter's first weights; everything later draws from hashes of the seed
-    policy = load_policy(config.model, adapter=config.adapter, device=config.execution.device)
-    _check_longest_prompts(config, policy, problems)
-    optimizer = build_optimizer(policy.trained().values(), config.optim)
-    last = checkpoint.latest(folder)
-    state = checkpoint.restore(last, policy.trained(), optimizer) if last else State()
-    report.cut_logs(folder, state.step)
+    with capped(device, budget):
+        torch.manual_seed(config.seed)  # the adapter's first weights; everything later draws from hashes of the seed
+        policy = load_policy(
+            config.model,
+            adapter=config.adapter,
+            keep_reference=config.objective.beta > 0,
+            device=config.execution.device,
+        )
+        longest = _longest_prompt(config, policy, problems)
+        plan = budgets.planned(config, policy, longest)
+        optimizer = build_optimizer(policy.trained().values(), config.optim)
+        last = checkpoint.latest(folder)
+        state = checkpoint.restore(last, policy.trained(), optimizer) if last else State()
+        budgets.settle_pieces(state, config, plan)
+        report.cut_logs(folder, state.step)
 
-    reporter = Reporter(folder, config.steps, quiet=quiet)
-    session = Session(folder, config, problems, scorer, policy, config.sampler.open(policy), optimizer, reporter)
-    reporter.say(describe(config, policy, folder, state))
-    with _signals() as stopped, reporter.running(state.step):
-        while state.step < config.steps and not stopped:
-            if config.eval_every and state.step % config.eval_every == 0:
-                _evaluate(session, state)
-            try:
-                _step(session, state)
-            except ShoestringError:  # raised while sampling or scoring: state and weights are those of the last step
-                if state.step:
+        reporter = Reporter(folder, config.steps, quiet=quiet)
+        engine = config.sampler.open(policy, state.wave_tokens)
+        session = Session(folder, config, problems, scorer, policy, engine, optimizer, reporter, plan, state.step)
+        reporter.say(describe(config, policy, folder, state))
+        if plan is not None:
+            reporter.say(budgets.describe(plan))
+        with held_back() as stopped, reporter.running(state.step):
+            if state.step < config.steps:
+                budgets.rehearse(session, state, longest)
+            while state.step < config.steps and not stopped:
+                if config.eval_every and state.step % config.eval_every == 0:
+                    _evaluate(session, state)
+                try:
+                    _step(session, state)
+                except ShoestringError:  # state and weights are those of the last step
+                    if state.step:
+                        session.save(state)
+                    raise
+                if state.skipped_in_a_row == _MOST_SKIPPED:
                     session.save(state)
-                raise
-            if state.skipped_in_a_row == _MOST_SKIPPED:
-                session.save(state)
-                raise NonFiniteError(
-                    f"{_MOST_SKIPPED} steps in a row (the last was {state.step - 1}) had a loss or gradient that is "
-                    f"not finite, and none was applied; problems: {state.culprits}. A checkpoint is in {folder}."
-                )
-            if config.save_every and state.step % config.save_every == 0:
-                session.save(state)
-        if config.eval_every and not stopped:
-            _evaluate(session, state)
-        session.save(state)
-        _save_adapter(session, state)
+                    raise _never_finite(state, folder)
+                if config.save_every and state.step % config.save_every == 0:
+                    session.save(state)
+            if config.eval_every and not stopped:
+                _evaluate(session, state)
+            session.save(state)
+            _save_result(session, state)
     return Run(folder, config, report.read_metrics(folder), policy, stopped[0] if stopped else 0, state.best_step)
 
 
@@ -149,42 +172,42 @@ def _step(session: Session, state: State) -> None:
     clock = Clock(session.policy.device)
     with clock.phase("sample"):
         rollouts, num_cut = _roll_out(session, state)
+        give_back(session.policy.device)  # nothing of sampling stays
     with clock.phase("score"):
         scored, groups = _score(session, rollouts, step)
     with clock.phase("credit"):
         generators = [torch.Generator().manual_seed(session.seed(step, "credit", i)) for i in range(len(groups))]
         credits = [algorithm.credit(group, generator) for group, generator in zip(groups, generators, strict=True)]
-        batches = collate(
-            groups,
-            credits,
-            normalise=algorithm.normalise,
-            beta=config.objective.beta,
-            max_tokens=config.execution.micro_batch_tokens,
-        )
     with clock.phase("train"):
         set_learning_rate(session.optimizer, learning_rate(step, config.steps, config.optim))
-        result = UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False)
-        if batches:  # without signal there is nothing to learn from, and the step is a fact to report
-            result = update(
-                session.policy,
-                session.optimizer,
-                batches,
-                config.objective,
-                temperature=config.sampling.temperature,
-                max_grad_norm=config.optim.max_grad_norm,
-                checkpointing=config.execution.checkpointing,
-            )
+        seed = session.seed(step, "round")
+        result, batches = train_in_pieces(
+            session.policy, session.optimizer, groups, credits, config, state.pieces, seed
+        )
+        give_back(session.policy.device)
+        if batches:
             session.engine.sync(session.policy)
             state.skipped_in_a_row = 0 if result.applied else state.skipped_in_a_row + 1
             state.culprits = ", ".join(result.culprits)
+    state.wave_tokens = session.engine.wave_tokens
     state.cursor += config.sampling.num_prompts - len(state.replays)
     state.replays = replay.choose(
         algorithm.replay, groups, config.sampling.num_prompts, Random(session.seed(step, "replay"))
     )
     state.step += 1
     session.reporter.samples(step, rollouts, [group.scores for group in groups], credits, scored.columns)
-    session.reporter.step(_step_report(session, step, groups, credits, batches, scored, result, clock, num_cut))
-    _warn(session.reporter, step, groups, result)
+    done = Done(step, groups, credits, batches, scored, result, num_cut)
+    session.reporter.step(_step_report(session, state, done, clock))
+    _warn(session.reporter, done)
+    if session.plan is not None and step == session.first_step:
+        budgets.compare(session, clock)
+
+
+def _never_finite(state: State, folder: Path) -> NonFiniteError:
+    return NonFiniteError(
+        f"{_MOST_SKIPPED} steps in a row (the last was {state.step - 1}) had a loss or gradient that is not finite, and "
+        f"none was applied; problems: {state.culprits}. A checkpoint is in {folder}."
+    )
 
 
 # --- the stages of a step -------------------------------------------------------------------------------------------
@@ -196,7 +219,12 @@ def _roll_out(session: Session, state: State) -> tuple[list[Rollout], int]:
     num_fresh = sampling.num_prompts - len(state.replays)
     chosen = [session.problems[i] for i in order(len(session.problems), config.seed, state.cursor, num_fresh)]
     fresh, num_cut = encode(
-        session.policy, config.task, chosen, sampling.max_new_tokens, allow_truncated=config.allow_truncated_prompts
+        session.policy,
+        config.task,
+        chosen,
+        sampling.max_new_tokens,
+        max_prompt_tokens=sampling.max_prompt_tokens,
+        allow_truncated=config.allow_truncated_prompts,
     )
 
     def rolled(prompts: list[Prompt], num: int, purpose: str) -> list[Rollout]:
@@ -210,20 +238,20 @@ def _roll_out(session: Session, state: State) -> tuple[list[Rollout], int]:
     return rollouts, num_cut
 
 
-def _check_longest_prompts(config: RunConfig, policy: Policy, problems: Sequence[Problem], num: int = 32) -> None:
-    """Encodes the prompts with the longest text, so that one too long is told now and not in the middle of the run.
+def _longest_prompt(config: RunConfig, policy: Policy, problems: Sequence[Problem]) -> Prompt:
+    """The longest of the prompts with the longest text: one too long is told now and not in the middle of the run.
 
-    Of data that lie in memory; those that are made as they are read would all have to be made.
+    Of data that are made as they are read, the longest of some.
     """
-    if isinstance(problems, (list, tuple)):
-        longest = sorted(problems, key=lambda problem: -len(problem.question))[:num]
-        encode(
-            policy,
-            config.task,
-            longest,
-            config.sampling.max_new_tokens,
-            allow_truncated=config.allow_truncated_prompts,
-        )
+    prompts, _ = encode(
+        policy,
+        config.task,
+        longest_problems(problems),
+        config.sampling.max_new_tokens,
+        max_prompt_tokens=config.sampling.max_prompt_tokens,
+        allow_truncated=config.allow_truncated_prompts,
+    )
+    return max(prompts, key=lambda prompt: len(prompt.token_ids))
 
 
 def order(count: int, seed: int, start: int, num: int) -> list[int]:
@@ -254,44 +282,52 @@ def _score(session: Session, rollouts: Sequence[Rollout], step: int) -> tuple[Sc
     return scored, groups
 
 
-def _step_report(
-    session: Session,
-    step: int,
-    groups: Sequence[Group],
-    credits: Sequence[Credit],
-    batches: Sequence[Any],
-    scored: Scored,
-    result: UpdateReport,
-    clock: Clock,
-    num_cut: int,
-) -> StepReport:
-    scores = [score for group in groups for score in group.scores]
-    completions = [completion for group in groups for completion in group.completions]
+class Done(NamedTuple):
+    """A step, for its report."""
+
+    step: int
+    groups: Sequence[Group]
+    credits: Sequence[Credit]
+    batches: Sequence[Batch]
+    scored: Scored
+    result: UpdateReport
+    num_cut: int
+
+
+def _step_report(session: Session, state: State, done: Done, clock: Clock) -> StepReport:
+    scores = [score for group in done.groups for score in group.scores]
+    completions = [completion for group in done.groups for completion in group.completions]
     names = sorted({name for score in scores for name in score.parts})
+    result = done.result
     return StepReport(
-        step=step,
+        step=done.step,
         reward=_mean([score.value for score in scores]),
         reward_parts={name: _mean([s.parts[name] for s in scores if name in s.parts]) for name in names}
-        | dict(scored.metrics),
+        | dict(done.scored.metrics),
         solved=_mean(
             [float(score.parts.get("solved", score.parts.get("correct", score.value)) >= 1) for score in scores]
         ),
-        groups=len(groups),
-        groups_with_signal=sum(has_signal(credit) for credit in credits),
+        groups=len(done.groups),
+        groups_with_signal=sum(has_signal(credit) for credit in done.credits),
         tokens_sampled=sum(len(c.token_ids) for c in completions),
-        tokens_trained=sum(len(batch.row) for batch in batches),
-        tokens_run=sum(batch.input_ids.numel() for batch in batches),
+        tokens_trained=sum(len(batch.row) for batch in done.batches),
+        tokens_run=sum(batch.input_ids.numel() for batch in done.batches),
         truncated=sum(c.stop == "length" for c in completions),
-        prompts_truncated=num_cut,
+        prompts_truncated=done.num_cut,
         loss=result.loss,
         grad_norm=result.grad_norm,
         kl=result.kl,
         clip_fraction=result.clip_fraction,
         sampler_gap=result.sampler_gap,
-        lr=learning_rate(step, session.config.steps, session.config.optim),
+        lr=learning_rate(done.step, session.config.steps, session.config.optim),
         applied=result.applied,
         seconds=clock.seconds,
-        peak_bytes=clock.peak_bytes(),
+        peak_bytes=max(clock.peaks.values(), default=0),
+        peaks=clock.peaks,
+        reserved_bytes=clock.reserved,
+        wave_tokens=state.wave_tokens,
+        micro_batch_tokens=state.pieces.micro_batch_tokens,
+        checkpointing=state.pieces.checkpointing,
     )
 
 
@@ -299,8 +335,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _warn(reporter: Reporter, step: int, groups: Sequence[Group], result: UpdateReport) -> None:
+def _warn(reporter: Reporter, done: Done) -> None:
     """What a user should not have to find out by reading metrics."""
+    step, groups, result = done.step, done.groups, done.result
     scores = [score.value for group in groups for score in group.scores]
     cut = [completion.stop == "length" for group in groups for completion in group.completions]
     if result.culprits:
@@ -321,7 +358,7 @@ def _warn(reporter: Reporter, step: int, groups: Sequence[Group], result: Update
 
 
 def _evaluate(session: Session, state: State) -> None:
-    """Greedy accuracy on the run's own evaluation problems; keeps the best adapter if the config says so."""
+    """Greedy accuracy on the run's own evaluation problems; keeps the best weights if the config says so."""
     config = session.config
     settings = EvalSettings(
         split=config.evaluation.split,
@@ -335,68 +372,24 @@ def _evaluate(session: Session, state: State) -> None:
         state.best_accuracy, state.best_step = found.accuracy, state.step
         if config.evaluation.keep == "best":
             folder = session.folder / "best" / f"step-{state.step}"
-            runs.replace_folder(folder, lambda draft: session.policy.save_adapter(str(draft)))
+            runs.replace_folder(folder, session.policy.save)
     session.reporter.evaluation({"step": state.step, **found.as_json(), "best_so_far": best})
 
 
-def _save_adapter(session: Session, state: State) -> None:
-    """The adapter that the run ends with, in PEFT's format."""
+def _save_result(session: Session, state: State) -> None:
+    """What the run ends with: the adapter in PEFT's format, or the whole model."""
     best = session.folder / "best" / f"step-{state.best_step}"
 
     def write(draft: Path) -> None:
         if session.config.evaluation.keep == "best" and best.is_dir():
             shutil.copytree(best, draft, dirs_exist_ok=True)
         else:
-            session.policy.save_adapter(str(draft))
+            session.policy.save(draft)
 
-    runs.replace_folder(session.folder / "adapter", write)
+    runs.replace_folder(session.folder / session.policy.result, write)
 
 
 # --- around the loop ------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Seconds by phase, and the device's peak memory since it was made."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds: dict[str, float] = {}
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = time.perf_counter() - started
-
-    def peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM let the step in hand finish: the first fills the list, a second interrupts at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise SystemExit(128 + number)
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before: dict[int, Callable[..., Any] | int | None] = {
-        number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def describe(config: RunConfig, policy: Policy, folder: Path, state: State) -> str:
@@ -416,7 +409,7 @@ def where_it_lies(run: Run) -> str:
     best = run.config.evaluation.keep == "best" and run.best_step >= 0
     kept = f" (best of the evaluations: step {run.best_step})" if best else ""
     lines = [
-        f"adapter:  {run.adapter}{kept}",
+        f"{run.policy.result + ':':<9} {run.result}{kept}",
         f"metrics:  {run.folder / 'metrics.jsonl'}",
         f"samples:  {run.folder / 'samples.jsonl'}",
         f"evaluate: {command()} eval {run.folder}{runs.split_hint(run.folder, run.config)}",

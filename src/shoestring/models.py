@@ -26,11 +26,14 @@ class ModelSettings(Settings):
 
     name: str = TINY
     """"tiny" (the embedded default), "smollm2-135m", a hub id, a folder, a .gguf file, or the folder of a run."""
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Type of the base weights; "auto" is bf16 on a GPU and fp32 on the CPU."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32", "nf4"] = "auto"
+    """Type of the base weights; "auto" is bf16 on a GPU and fp32 on the CPU. "nf4" holds the layers' matrices in 4 bits
+    (arXiv 2305.14314) and computes in the type of "auto"; it needs the extra nf4."""
     revision: str | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    family: str | None = None
+    """For the memory plan of a model_type that it does not know: the known one whose layers it is built like."""
 
 
 class Source(NamedTuple):
@@ -114,6 +117,8 @@ def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel
                 f'model is "{settings.name}"', "reading GGUF needs the package gguf", "run: pip install gguf"
             )
         options["gguf_file"] = source.gguf_file
+    check_quantisation(settings)
+    quantised = _nf4_options(device) if settings.dtype == "nf4" else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
         model = AutoModelForCausalLM.from_pretrained(
@@ -121,6 +126,7 @@ def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel
             dtype=torch_dtype(settings.dtype, device),
             attn_implementation=settings.attn_implementation,
             use_safetensors=None if source.gguf_file else True,
+            **quantised,
             **options,
         )
         if source.gguf_file:
@@ -133,8 +139,48 @@ def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel
             f'model is "{settings.name}"', "its tokenizer turns text into nothing", "put tokenizer.json into its folder"
         )
     tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of what the model wrote
-    model.to(device)  # type: ignore[arg-type]
+    if quantised:
+        _not_repacked(model)
+    else:
+        model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer, source
+
+
+def check_quantisation(settings: ModelSettings) -> None:
+    """Raises `ConfigError` if 4-bit weights are asked for and cannot be had here."""
+    if settings.dtype != "nf4":
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            'model.dtype is "nf4"', "that needs the package bitsandbytes", 'run: pip install "shoestring[nf4]"'
+        )
+    if locate(settings.name).gguf_file:
+        raise ConfigError(
+            f'model is "{settings.name}" and model.dtype "nf4"',
+            "a GGUF file is quantised already, and is unpacked when it is read",
+            "give a model folder (examples/get_smollm2.py shows how to write one), or another dtype",
+        )
+
+
+def _nf4_options(device: torch.device) -> dict[str, Any]:
+    """NF4 with double quantisation (arXiv 2305.14314), a layer at a time as it is read; products in the type of
+    "auto"."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch_dtype("auto", device),
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _not_repacked(model: PreTrainedModel) -> None:
+    """Keeps bitsandbytes from laying weights out for the CPU's inference kernel, from which no gradient comes back."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _load_error(name: str, error: Exception) -> ConfigError:
@@ -182,7 +228,7 @@ def stored_dtype(name: str) -> Any:
 def torch_dtype(name: str, device: torch.device) -> torch.dtype:
     import torch
 
-    if name == "auto":
+    if name in ("auto", "nf4"):
         name = "bf16" if device.type == "cuda" else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 

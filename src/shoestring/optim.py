@@ -3,7 +3,9 @@ finite."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import shutil
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from shoestring.batch import single_rows
+from shoestring.errors import ConfigError
 from shoestring.loss import Objective, l2_loss, objective_loss
+from shoestring.models import pick_device
+from shoestring.optimizers import OPTIMIZERS
 from shoestring.policy import Policy, to_device
 from shoestring.types import Batch
 
@@ -22,8 +27,30 @@ if TYPE_CHECKING:
 _FP16_SCALE = 2.0**10
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
+def check_optimizer(settings: OptimSettings, device_name: str = "auto") -> None:
+    """Raises `ConfigError` if what the optimizer needs is not installed; to be called before the model loads."""
+    if settings.name != "adamw-8bit":
+        return
+    given = 'optim.name is "adamw-8bit"'
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(given, "that needs the package torchao", 'run: pip install "shoestring[full]"')
+    if pick_device(device_name).type == "cuda":  # where torchao compiles it
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError(
+                given, "on a GPU that needs the package triton", 'run: pip install triton, or use "adamw"'
+            )
+        if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+            raise ConfigError(given, "on a GPU that needs a C compiler", 'install gcc, or use "adamw"')
+
+
+def state_bytes(settings: OptimSettings) -> float:
+    """Bytes of optimizer state that lie on the device for each trained weight. (In 8 bits that holds for weights of a
+    multiple of 256 values, 4096 or more; "adamw-cpu" takes 12 on the host.)"""
+    return {"adamw": 8.0, "adamw-8bit": 2 + 2 * 4 / 256, "adamw-cpu": 0.0}[settings.name]
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
+    return OPTIMIZERS[settings.name](
         list(parameters), lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
     )
 
@@ -45,7 +72,10 @@ def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):  # torchao's
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 class UpdateReport(NamedTuple):
@@ -80,7 +110,7 @@ def update(
     tokens = max(sum(len(batch.row) for batch in batches), 1)
     report = UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False)
     for number in range(objective.updates):
-        sums = [_backward(policy, batches, i, old, objective, temperature, checkpointing) for i in range(len(batches))]
+        sums = [backward(policy, batches, i, old, objective, temperature, checkpointing) for i in range(len(batches))]
         loss, kl, clipped, gap = (sum(column) for column in zip(*sums, strict=True))
         unscale(parameters, _scale(policy))
         if objective.l2:
@@ -100,7 +130,7 @@ def update(
     return report
 
 
-def _backward(
+def backward(
     policy: Policy,
     batches: Sequence[Batch],
     index: int,
@@ -139,8 +169,13 @@ def unscale(parameters: Iterable[nn.Parameter], scale: float) -> None:
 
 
 def clip_gradient(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales the gradient to at most `max_norm`; returns its norm before. A norm that is not finite scales nothing."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """Scales the gradient to at most `max_norm`; returns its norm before, taken in fp32. A norm that is not finite
+    scales nothing."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    short = any(grad.dtype != torch.float32 for grad in grads)
+    norm = nn.utils.get_total_norm(
+        [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads] if short else grads
+    )
     if bool(torch.isfinite(norm)):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
@@ -151,7 +186,7 @@ def _culprits(policy: Policy, batches: Sequence[Batch], objective: Objective, te
     found = []
     parameters = list(policy.trained().values())
     for batch in single_rows(batches):
-        loss, *_ = _backward(policy, [batch], 0, [None], objective, temperature, checkpointing=False)
+        loss, *_ = backward(policy, [batch], 0, [None], objective, temperature, checkpointing=False)
         grads = [p.grad for p in parameters if p.grad is not None]
         if not (math.isfinite(loss) and all(bool(torch.isfinite(grad).all()) for grad in grads)):
             found.append(batch.problem_ids[0])

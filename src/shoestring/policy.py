@@ -1,14 +1,16 @@
-"""The policy: one copy of the base model's weights with an adapter in it, which samples, trains and is its own
-reference."""
+"""The policy: one copy of the base model's weights, with an adapter in it or trained whole, which samples, trains and,
+without its adapter, is its own reference."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +44,13 @@ class Policy:
         tokenizer: PreTrainedTokenizerBase,
         adapted: nn.Module | None = None,
         name: str = "",
+        first: PreTrainedModel | None = None,
     ):
+        """`adapted` is `base` with an adapter; `first` a frozen copy of `base`, where `base` itself is trained."""
         self.base = base
         self.tokenizer = tokenizer
         self.adapted = adapted
+        self._first = first
         self.name = name
         self.eos_ids = _eos_ids(base, tokenizer)
         self.context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
@@ -104,9 +109,11 @@ class Policy:
             logits = self.base(input_ids=batch.input_ids, use_cache=False).logits
             return gathered_logprobs(logits[batch.row, batch.col], batch.target, temperature)
         hidden = self.base.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        return selected_logprobs(
-            self._logits_of, hidden[batch.row, batch.col], batch.target, temperature, self.vocab_size
-        )
+        hidden = hidden[batch.row, batch.col]
+        head = self.base.lm_head
+        if type(head) is not nn.Linear:  # an adapter on it, say: its weight is not all it does
+            return gathered_logprobs(self._logits_of(hidden), batch.target, temperature)
+        return selected_logprobs(hidden, head.weight, head.bias, batch.target, temperature, self._post)
 
     def prefill(self, input_ids: Tensor, last: Tensor, cache: Any) -> Tensor:
         """Runs right-padded prompts, [P, L], into `cache`; the logits, [P, V], at each row's `last` place."""
@@ -128,11 +135,21 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The base model without its adapter, without gradient."""
-        if self.adapted is None:
+        """The policy as it was before training, without gradient: the base model without its adapter, or the copy."""
+        if self.adapted is None and self._first is None:
             raise ConfigError("there is no adapter", "the reference is the model without it", "set objective.beta = 0")
-        with torch.no_grad(), self.adapted.disable_adapter():  # type: ignore[operator]
+        with torch.no_grad(), self._copied() if self._first else self.adapted.disable_adapter():  # type: ignore
             yield
+
+    @contextmanager
+    def _copied(self) -> Iterator[None]:
+        """Has the copy of the first weights take the model's place."""
+        assert self._first is not None
+        trained, self.base = self.base, self._first
+        try:
+            yield
+        finally:
+            self.base = trained
 
     @contextmanager
     def checkpointing(self, on: bool) -> Iterator[None]:
@@ -162,25 +179,38 @@ class Policy:
                 return list(layers[index:])
         return []
 
-    def save_adapter(self, folder: str) -> None:
-        """Writes the adapter as PEFT does, so that `PeftModel.from_pretrained` reads it."""
-        assert self.adapted is not None
+    @property
+    def result(self) -> Literal["adapter", "model"]:
+        """What `save` writes."""
+        return "model" if self.adapted is None else "adapter"
+
+    def save(self, folder: Path) -> None:
+        """Writes the adapter as PEFT does, so that `PeftModel.from_pretrained` reads it; without one, an ordinary model
+        folder: weights in safetensors, config, tokenizer."""
         with quiet_peft():
-            self.adapted.save_pretrained(folder)  # type: ignore[operator]
+            (self.adapted or self.base).save_pretrained(folder)  # type: ignore[operator]
+        if self.adapted is None:
+            self.tokenizer.save_pretrained(folder)
 
 
 def load_policy(
-    settings: models.ModelSettings, *, adapter: Adapter | None = None, train_all: bool = False, device: str = "auto"
+    settings: models.ModelSettings,
+    *,
+    adapter: Adapter | None = None,
+    keep_reference: bool = False,
+    device: str = "auto",
 ) -> Policy:
     """The policy that `settings` names: with a new `adapter`, or with the run's own one, or without any.
 
-    A run's adapter comes frozen (it is there to be evaluated). To train on top of a run, merge it first.
+    Without `adapter` nothing is trained: a run's own comes frozen (it is there to be evaluated). To train on top of a
+    run, merge it first. `keep_reference` keeps a copy of the weights, if it is they that are trained.
     """
     base, tokenizer, source = models.load(settings, models.pick_device(device))
-    base.requires_grad_(train_all)
+    base.requires_grad_(False)
     adapted: nn.Module | None = None
+    first: PreTrainedModel | None = None
     if source.adapter is not None:
-        if adapter is not None or train_all:
+        if adapter is not None:
             raise ConfigError(
                 f'model is "{settings.name}"',
                 "it is a run with an adapter of its own, which would stay frozen beneath what is trained now",
@@ -192,11 +222,15 @@ def load_policy(
             adapted = PeftModel.from_pretrained(base, str(source.adapter))
         adapted.requires_grad_(False)
     elif adapter is not None:
-        adapted = adapter.attach(base)
-        if source.gguf_file:  # PEFT would note the file's folder only
-            adapted.peft_config["default"].base_model_name_or_path = settings.name  # type: ignore[index,union-attr]
+        model = adapter.attach(base)
+        if model is base:
+            first = copy.deepcopy(base).requires_grad_(False) if keep_reference else None
+        else:
+            adapted = model
+            if source.gguf_file:  # PEFT would note the file's folder only
+                adapted.peft_config["default"].base_model_name_or_path = settings.name  # type: ignore[index,union-attr]
     (adapted or base).eval()
-    return Policy(base, tokenizer, adapted, settings.name)
+    return Policy(base, tokenizer, adapted, settings.name, first)
 
 
 def _eos_ids(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

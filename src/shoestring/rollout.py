@@ -18,23 +18,41 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    policy: Policy, task: Task, problems: Iterable[Problem], max_new_tokens: int, *, allow_truncated: bool = False
+    policy: Policy,
+    task: Task,
+    problems: Iterable[Problem],
+    max_new_tokens: int,
+    *,
+    max_prompt_tokens: int | None = None,
+    allow_truncated: bool = False,
 ) -> Encoded:
-    """The prompts of some problems. One that leaves no room for an answer in the model's context is refused or cut."""
-    room = (policy.context or 2**31) - max_new_tokens
+    """The prompts of some problems. One that is longer than the limit, or leaves no room for an answer in the model's
+    context, is refused or cut from the left."""
+    in_context = (policy.context or 2**31) - max_new_tokens
+    room = min(in_context, max_prompt_tokens or in_context)
     prompts, truncated = [], 0
     for problem in problems:
         ids = policy.encode(task.ask(problem), task.format, task.chat)
         if len(ids) > room:
             if not allow_truncated or room < 1:
-                raise DataError(
-                    f"the prompt of {problem.id} has {len(ids)} tokens",
-                    f"with {max_new_tokens} new ones it is longer than the model's context of {policy.context}",
-                    "lower sampling.max_new_tokens, shorten the prompt, or set allow_truncated_prompts = true",
-                )
+                raise _too_long(problem, len(ids), room < in_context, policy.context, max_new_tokens)
             ids, truncated = ids[-room:], truncated + 1
         prompts.append(Prompt(problem, ids, len(ids)))
     return Encoded(prompts, truncated)
+
+
+def _too_long(problem: Problem, count: int, by_setting: bool, context: int | None, max_new_tokens: int) -> DataError:
+    if by_setting:
+        return DataError(
+            f"the prompt of {problem.id} has {count} tokens",
+            "that is more than sampling.max_prompt_tokens",
+            "raise that, shorten the prompt, or set allow_truncated_prompts = true",
+        )
+    return DataError(
+        f"the prompt of {problem.id} has {count} tokens",
+        f"with {max_new_tokens} new ones it is longer than the model's context of {context}",
+        "lower sampling.max_new_tokens, shorten the prompt, or set allow_truncated_prompts = true",
+    )
 
 
 class Rollout(NamedTuple):

@@ -19,19 +19,16 @@ from shoestring import config as configs
 from shoestring import models, runs
 from shoestring.adapters import ADAPTERS
 from shoestring.batch import Row, cut_rows, pad_rows
+from shoestring.checkpoint import Pieces
 from shoestring.config import ExecutionSettings, OptimSettings, named_model
 from shoestring.environment import command
 from shoestring.errors import ConfigError, DataError
 from shoestring.models import ModelSettings
-from shoestring.optim import build_optimizer, clip_gradient, learning_rate, set_learning_rate
+from shoestring.optim import build_optimizer, check_optimizer, clip_gradient, learning_rate, set_learning_rate
 from shoestring.policy import Policy, load_policy, to_device
 from shoestring.settings import Settings, build, pick
 from shoestring.tasks import TASKS
 from shoestring.types import Problem
-
-
-def _adapter(value: Any) -> Any:
-    return None if value in (None, "none", {"name": "none"}) else pick(ADAPTERS, "adapter", value, "lora")
 
 
 class SftConfig(Settings):
@@ -41,8 +38,10 @@ class SftConfig(Settings):
     task: Annotated[Any, BeforeValidator(lambda value: pick(TASKS, "task", value, "multiplication"))] = Field(
         default={"name": "multiplication"}
     )
-    adapter: Annotated[Any, BeforeValidator(_adapter)] = None
-    """None trains all weights, in fp32 (with bf16 arithmetic on a GPU); an adapter is merged into the model at the
+    adapter: Annotated[Any, BeforeValidator(lambda value: pick(ADAPTERS, "adapter", value, "lora"))] = Field(
+        default={"name": "none"}
+    )
+    """"none" trains all weights, in fp32 (with bf16 arithmetic on a GPU); an adapter is merged into the model at the
     end."""
     optim: OptimSettings = OptimSettings(lr=2e-5, betas=(0.9, 0.95), schedule="cosine")
     epochs: float = Field(default=2.0, gt=0)
@@ -66,6 +65,7 @@ def sft(config: SftConfig | Mapping[str, Any]) -> Path:
     config = config if isinstance(config, SftConfig) else build(SftConfig, dict(config), "")
     folder, console = Path(config.out), Console(soft_wrap=True)
     runs.check_free(folder)
+    check_optimizer(config.optim, config.execution.device)
     problems = _problems(config)
     torch.manual_seed(config.seed)
     policy = _load(config)
@@ -101,9 +101,9 @@ def _problems(config: SftConfig) -> list[Problem]:
 
 def _load(config: SftConfig) -> Policy:
     """Trained whole, weights are held in fp32: a bf16 weight would round most of its small updates away."""
-    whole = config.adapter is None
+    whole = config.adapter.name == "none"
     model = config.model.model_copy(update={"dtype": "fp32"}) if whole else config.model
-    return load_policy(model, adapter=config.adapter, train_all=whole, device=config.execution.device)
+    return load_policy(model, adapter=config.adapter, device=config.execution.device)
 
 
 def _rows(policy: Policy, config: SftConfig, problems: Sequence[Problem]) -> tuple[list[Row], int]:
@@ -160,9 +160,9 @@ def _backward(policy: Policy, config: SftConfig, rows: list[Row]) -> float:
     tokens, total = sum(len(row.col) for row in rows), 0.0
     rows = sorted(rows, key=lambda row: -len(row.token_ids))
     half = policy.device.type == "cuda" and policy.base.dtype == torch.float32
-    for cut in cut_rows(rows, config.execution.micro_batch_tokens):
+    for cut in cut_rows(rows, config.execution.micro_batch_tokens or Pieces.micro_batch_tokens):
         batch = to_device(pad_rows(cut), policy.device)
-        with policy.checkpointing(config.execution.checkpointing):
+        with policy.checkpointing(config.execution.checkpointing is True):
             with torch.autocast(policy.device.type, torch.bfloat16, enabled=half):
                 logprob = policy.logprobs(batch)
             loss = -(batch.weight * logprob).sum() / tokens
@@ -189,7 +189,8 @@ def merge(name: str, out: str) -> Path:
     folder.
 
     The sum is formed in fp32 and rounded once to the base's type. Training never does this: merging and unmerging bf16
-    weights over and over moves them.
+    weights over and over moves them. An adapter trained over 4-bit weights is added to the weights they were made from,
+    so that the merged model is not quite the one that was trained.
     """
     target = Path(out)
     runs.check_free(target)
@@ -197,7 +198,7 @@ def merge(name: str, out: str) -> Path:
     policy = load_policy(saved.model_copy(update={"dtype": "fp32"}), device="cpu")
     if policy.adapted is None:
         raise ConfigError(f'the run is "{name}"', "it has no adapter to merge", "give the folder of a finished run")
-    stored = models.stored_dtype(name) if saved.dtype == "auto" else None
+    stored = models.stored_dtype(name) if saved.dtype in ("auto", "nf4") else None
     dtype = stored or models.torch_dtype(saved.dtype, torch.device("cpu"))
     merged = policy.adapted.merge_and_unload()  # type: ignore[operator]
     runs.replace_folder(target, lambda draft: save_model(merged.to(dtype=dtype), policy, draft))

@@ -122,7 +122,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One line of metrics.jsonl. `seconds` is per phase, `peak_bytes` the device's peak allocation (0 on CPU)."""
+    """One line of metrics.jsonl. `seconds` are per phase; `peaks` are too, in bytes allocated on the GPU (empty on the
+    CPU), with `peak_bytes` the largest of them and `reserved_bytes` the most that the allocator held.
+
+    `wave_tokens`, `micro_batch_tokens` and `checkpointing` are the pieces that the step was done in: lower than planned
+    after a phase that ran out of memory.
+    """
 
     step: int
     reward: float
@@ -144,3 +149,8 @@ class StepReport:
     applied: bool
     seconds: Mapping[str, float]
     peak_bytes: int
+    peaks: Mapping[str, int] = field(default_factory=dict)
+    reserved_bytes: int = 0
+    wave_tokens: int | None = None
+    micro_batch_tokens: int | None = None
+    checkpointing: bool = False

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from shoestring.adapters.lora import LoRA
+from shoestring.adapters.none import NoAdapter
 
 ADAPTERS: dict[str, type[Any]] = {
     "lora": LoRA,
+    "none": NoAdapter,
 }

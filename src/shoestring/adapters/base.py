@@ -1,4 +1,4 @@
-"""The adapter seam: small trained weights beside a frozen base model."""
+"""The adapter seam: what is trained, such as small weights beside a frozen base model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,22 @@ from shoestring.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from shoestring.footprint import Trained
+    from shoestring.shapes import Shape
+
 
 class Adapter(Protocol):
-    """Attaches trainable weights. A frozen settings object."""
+    """Says which weights are trained, and adds them where they are new. A frozen settings object."""
 
     name: str
 
+    def trained(self, shape: Shape) -> Trained:
+        """What would be trained of a model of that shape, for the memory plan."""
+        ...
+
     def attach(self, model: PreTrainedModel) -> nn.Module:
-        """The model with the adapter in it: a `peft.PeftModel` whose base weights are frozen."""
+        """The model with the adapter in it: a `peft.PeftModel` whose base weights are frozen; or `model` itself, if
+        weights of its own are what is trained."""
         ...
 
 

@@ -27,10 +27,19 @@ class Sampling(Settings):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     min_p: float = Field(default=0.0, ge=0, lt=1)
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longer prompts are refused, or cut from the left with `allow_truncated_prompts`; None sets no limit, and the
+    memory plan takes the longest prompt of the data."""
+    ignore_eos: bool = False
+    """Sample `max_new_tokens` whatever comes (for benchmarks)."""
 
 
 class Engine(Protocol):
     """A sampler at work for one policy."""
+
+    wave_tokens: int | None
+    """Most cache slots (rows times the longest of them) that a wave may hold; None takes everything at once. Lowered
+    for good when a wave runs out of memory."""
 
     def sample(
         self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, seed: int, first: int = 0
@@ -38,6 +47,10 @@ class Engine(Protocol):
         """`num` completions of each prompt. What a completion draws depends on (seed, place of the prompt, place of the
         completion, position) and on nothing else, so neither waves nor batch sizes choose it. Places of prompts are
         counted from `first`, so that many prompts can be sampled in several calls as in one."""
+        ...
+
+    def rehearse(self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling) -> None:
+        """Takes the memory that sampling `num` full-length completions of each prompt takes at most, in little time."""
         ...
 
     def sync(self, policy: Policy) -> None:
@@ -50,4 +63,4 @@ class Sampler(Protocol):
 
     name: str
 
-    def open(self, policy: Policy) -> Engine: ...
+    def open(self, policy: Policy, wave_tokens: int | None = None) -> Engine: ...

@@ -9,6 +9,9 @@ from torch import Tensor
 from shoestring.samplers.base import Sampling
 from shoestring.tasks.base import stable_hash
 
+# Logits that are drawn from at once: the fp32 and fp64 copies of all rows would be the largest thing in a decode step.
+DRAW_TILE = 2**21
+
 
 def noise(seed: int, prompt: int, completion: int, length: int) -> Float[Tensor, " T"]:
     """The uniform numbers of one completion, one a position, the same on every device."""
@@ -25,11 +28,15 @@ def draw(
     >>> [draw(logits, torch.tensor([u], dtype=torch.float64), Sampling())[0].item() for u in (0.1, 0.6, 0.9)]
     [0, 1, 2]
     """
+    size = max(DRAW_TILE // logits.shape[-1], 1)
+    if len(logits) > size:
+        parts = [draw(rows, u, sampling) for rows, u in zip(logits.split(size), uniform.split(size), strict=True)]
+        return torch.cat([token for token, _ in parts]), torch.cat([logprob for _, logprob in parts])
     if sampling.temperature == 0:
         token = logits.argmax(-1)
         return token, _logprob(logits.float(), token)
     scaled = logits.float() / sampling.temperature
-    cumulative = filtered(scaled.softmax(-1), sampling).double().cumsum(-1)
+    cumulative = filtered(scaled.softmax(-1), sampling).cumsum(-1, dtype=torch.float64)
     # u < 1, so the wanted mass stays below the total, and a token without mass is never the first to exceed it.
     wanted = uniform[:, None].to(cumulative.device) * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, wanted, right=True).squeeze(-1)

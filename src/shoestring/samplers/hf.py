@@ -1,14 +1,14 @@
-"""The plain reference: the policy's own transformers model, token by token, with a growing key-value cache."""
+"""The plain reference: the policy's own transformers model, token by token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from shoestring.memory import shrinking
 from shoestring.samplers.base import Sampling
 from shoestring.samplers.draw import draw, noise
 from shoestring.settings import Settings
@@ -17,22 +17,26 @@ from shoestring.types import Completion, Prompt
 if TYPE_CHECKING:
     from shoestring.policy import Policy
 
+T = TypeVar("T")
+Place = tuple[int, int]
+"""A completion: the place of its prompt, and its own in the group."""
+
+# Prompts are run in chunks of this part of the wave's slots: what a chunk takes is then small beside the wave's cache.
+PREFILL_SHARE = 16
+
 
 class HfSampler(Settings):
     """Samples with the very weights that are trained; works for any causal model of transformers."""
 
     name: Literal["hf"] = "hf"
-    max_rows: int | None = Field(default=None, ge=1)
-    """Completions sampled at once (a wave); None takes all of a step. Smaller waves need less memory, and draw the
-    same."""
 
-    def open(self, policy: Policy) -> HfEngine:
-        return HfEngine(policy, self.max_rows)
+    def open(self, policy: Policy, wave_tokens: int | None = None) -> HfEngine:
+        return HfEngine(policy, wave_tokens)
 
 
 class HfEngine:
-    def __init__(self, policy: Policy, max_rows: int | None = None):
-        self._policy, self._max_rows = policy, max_rows
+    def __init__(self, policy: Policy, wave_tokens: int | None = None):
+        self._policy, self.wave_tokens = policy, wave_tokens
 
     def sync(self, policy: Policy) -> None:
         self._policy = policy
@@ -42,39 +46,90 @@ class HfEngine:
         self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, seed: int, first: int = 0
     ) -> list[tuple[Completion, ...]]:
         places = [(p, g) for p in range(len(prompts)) for g in range(num)]
-        size = self._max_rows or max(len(places), 1)
-        found: dict[tuple[int, int], Completion] = {}
-        for start in range(0, len(places), size):
-            for wave in self._waves(prompts, places[start : start + size]):
+        if not places:
+            return []
+
+        def attempt(wave_tokens: int) -> dict[tuple[int, int], Completion]:
+            found: dict[tuple[int, int], Completion] = {}
+            for wave in self._waves(prompts, places, sampling, wave_tokens):
                 found.update(zip(wave, self._sample_wave(prompts, wave, sampling, seed, first), strict=True))
+            return found
+
+        found = self._shrinking(attempt, prompts, places, sampling)
         return [tuple(found[p, g] for g in range(num)) for p in range(len(prompts))]
 
-    def _waves(self, prompts: Sequence[Prompt], places: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-        """One wave, or, for models whose cache is more than keys and values, one a prompt length (no padding at
-        all)."""
-        if _plain_attention(self._policy):
-            return [places]
-        lengths = sorted({len(prompts[p].token_ids) for p, _ in places})
-        return [[(p, g) for p, g in places if len(prompts[p].token_ids) == length] for length in lengths]
+    @torch.no_grad()
+    def rehearse(self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling) -> None:
+        places = [(p, g) for p in range(len(prompts)) for g in range(num)]
+
+        def attempt(wave_tokens: int) -> None:
+            wave = self._waves(prompts, places, sampling, wave_tokens)[0]
+            self._sample_wave(prompts, wave, sampling, seed=0, first=0, rehearsal=True)
+
+        self._shrinking(attempt, prompts, places, sampling)
+
+    def _shrinking(
+        self, attempt: Callable[[int], T], prompts: Sequence[Prompt], places: list[Place], sampling: Sampling
+    ) -> T:
+        """Runs `attempt` with waves that fit, and remembers their size."""
+        everything = sum(_slots(prompts[p], sampling) for p, _ in places)
+        least = max(_slots(prompts[p], sampling) for p, _ in places)
+        asked = min(self.wave_tokens or everything, _padded(prompts, places, sampling))
+        found, fitted = shrinking(attempt, max(asked, least), least)
+        if fitted < max(asked, least):
+            self.wave_tokens = fitted
+        return found
+
+    def _waves(
+        self, prompts: Sequence[Prompt], places: list[Place], sampling: Sampling, wave_tokens: int
+    ) -> list[list[Place]]:
+        """Runs of places whose padded slots keep within `wave_tokens` (one that is longer stands alone).
+
+        Models whose cache is more than keys and values get waves of one prompt length each: no padding at all.
+        """
+        plain = _plain_attention(self._policy)
+        waves: list[list[Place]] = []
+        longest = added = 0
+        for p, g in places if plain else sorted(places, key=lambda place: len(prompts[place[0]].token_ids)):
+            length = len(prompts[p].token_ids)
+            more = _slots(prompts[p], sampling) - length
+            wide, deep = max(longest, length), max(added, more)
+            if waves and (plain or length == longest) and (len(waves[-1]) + 1) * (wide + deep) <= wave_tokens:
+                waves[-1].append((p, g))
+                longest, added = wide, deep
+            else:
+                waves.append([(p, g)])
+                longest, added = length, more
+        return waves
 
     def _sample_wave(
-        self, prompts: Sequence[Prompt], places: list[tuple[int, int]], sampling: Sampling, seed: int, first: int
+        self,
+        prompts: Sequence[Prompt],
+        places: list[Place],
+        sampling: Sampling,
+        seed: int,
+        first: int,
+        rehearsal: bool = False,
     ) -> list[Completion]:
+        """A rehearsal takes its first two tokens only, the second one at the last slot."""
         policy = self._policy
         limit = torch.tensor([max(sampling.max_new_tokens - len(prompts[p].prefix), 1) for p, _ in places])
         uniform = torch.stack([noise(seed, first + p, g, int(limit.max())) for p, g in places]).to(policy.device)
-        logits, cache, mask, position = self._prefill(prompts, [p for p, _ in places])
-        limit, eos = limit.to(policy.device), torch.tensor(policy.eos_ids, device=policy.device)
+        logits, cache, mask, position = self._prefill(prompts, [p for p, _ in places], int(limit.max()))
+        limit = limit.to(policy.device)
+        ends = () if sampling.ignore_eos else policy.eos_ids
+        eos = torch.tensor(ends, device=policy.device, dtype=torch.int64)
         tokens = torch.zeros(uniform.shape, dtype=torch.int64, device=policy.device)
         logprobs = torch.zeros(uniform.shape, dtype=torch.float32, device=policy.device)
         length = torch.zeros_like(limit)
         active = torch.arange(len(places), device=policy.device)  # which completion each row of the batch belongs to
         for t in range(uniform.shape[1]):
             token, logprob = draw(logits, uniform[active, t], sampling)
+            del logits  # before the next ones come
             tokens[active, t], logprobs[active, t], length[active] = token, logprob, t + 1
             going = ~torch.isin(token, eos) & (t + 1 < limit[active])
             num_going = int(going.sum())
-            if num_going == 0:
+            if num_going == 0 or (rehearsal and t == 1):
                 break
             # Ended rows are carried along until a quarter of the batch has ended, since leaving copies the cache. What
             # they go on to draw is cut off by `ended` below.
@@ -83,41 +138,99 @@ class HfEngine:
                 active, token, position = active[kept], token[kept], position[kept]
                 mask = mask[kept] if mask is not None else None
                 cache.batch_select_indices(kept)
+            if rehearsal:
+                mask = _to_last_slot(cache, mask, uniform.shape[1])
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            logits = policy.decode_step(token[:, None], mask, position[:, None], cache)
+            logits = policy.decode_step(token[:, None], mask, position[:, None], cache)  # noqa: F841  (`del` hides its use)
             position = position + 1
-        return _completions(tokens.cpu(), logprobs.cpu(), length.cpu(), limit.cpu(), policy.eos_ids)
+        return _completions(tokens.cpu(), logprobs.cpu(), length.cpu(), limit.cpu(), ends)
 
-    def _prefill(self, prompts: Sequence[Prompt], owner: list[int]) -> tuple[Tensor, Any, Tensor | None, Tensor]:
+    def _prefill(
+        self, prompts: Sequence[Prompt], owner: list[int], max_new_tokens: int
+    ) -> tuple[Tensor, Any, Tensor | None, Tensor]:
         """Runs each prompt once and gives every completion its row: logits [B, V], cache, mask [B, S], position [B].
 
         Prompts are padded on the right, where causal attention cannot see the padding and no row is ever masked whole.
-        The cache is then shifted so that the padding lies on the left, and new keys follow the prompt without a gap.
+        In the cache the padding lies on the left, so that new keys follow the prompt without a gap.
         """
-        from transformers import DynamicCache
-
         policy = self._policy
-        used = sorted(set(owner))
-        lengths = torch.tensor([len(prompts[p].token_ids) for p in used], device=policy.device)
-        ids = torch.zeros(len(used), int(lengths.max()), dtype=torch.int64)
-        for row, p in enumerate(used):
-            ids[row, : len(prompts[p].token_ids)] = torch.tensor(prompts[p].token_ids)
-        cache = DynamicCache() if _plain_attention(policy) else DynamicCache(config=policy.base.config)
-        logits = policy.prefill(ids.to(policy.device), lengths - 1, cache)
-        row = torch.tensor([used.index(p) for p in owner], device=policy.device)
-        cache.batch_select_indices(row)
-        lengths = lengths[row]
-        padding = ids.shape[1] - lengths
-        if not bool(padding.any()):
-            return logits[row], cache, None, lengths
-        slot = torch.arange(ids.shape[1], device=policy.device)
-        source = (slot - padding[:, None]) % ids.shape[1]
-        for layer in cast(Any, cache).layers:
-            layer.keys, layer.values = (
-                states.gather(2, source[:, None, :, None].expand_as(states)) for states in (layer.keys, layer.values)
-            )
-        return logits[row], cache, (slot >= padding[:, None]).long(), lengths
+        lengths = torch.tensor([len(prompts[p].token_ids) for p in owner], device=policy.device)
+        if not _plain_attention(policy):
+            return *_prefill_alike(policy, prompts, owner), None, lengths
+        from shoestring.samplers.cache import SlotCache, Span, padding_mask
+
+        slots = int(lengths.max())
+        num_layers = policy.base.config.get_text_config().num_hidden_layers
+        cache = SlotCache(num_layers, len(owner), slots + max_new_tokens, slots)
+        logits = torch.empty(0)
+        for used in _prefill_chunks(prompts, owner, len(owner) * (slots + max_new_tokens) // PREFILL_SHARE):
+            rows = [slice(owner.index(p), owner.index(p) + owner.count(p)) for p in used]
+            sizes = [len(prompts[p].token_ids) for p in used]
+            cache.prefill(Span(rows, sizes))
+            found = policy.prefill(*_right_padded(policy, prompts, used), cache)
+            if not len(logits):
+                logits = found.new_empty(len(owner), found.shape[1])
+            for index, row in enumerate(rows):
+                logits[row] = found[index]
+        cache.decode(slots)
+        return logits, cache, padding_mask(lengths, slots), lengths
+
+
+def _slots(prompt: Prompt, sampling: Sampling) -> int:
+    """Cache slots of a completion: its prompt, a forced prefix included, and what it may add."""
+    return len(prompt.token_ids) + max(sampling.max_new_tokens - len(prompt.prefix), 1)
+
+
+def _padded(prompts: Sequence[Prompt], places: Sequence[Place], sampling: Sampling) -> int:
+    """Cache slots of a wave: every row has those of the longest prompt and of the longest addition."""
+    longest = max(len(prompts[p].token_ids) for p, _ in places)
+    added = max(_slots(prompts[p], sampling) - len(prompts[p].token_ids) for p, _ in places)
+    return len(places) * (longest + added)
+
+
+def _prefill_chunks(prompts: Sequence[Prompt], owner: list[int], max_tokens: int) -> list[list[int]]:
+    """The prompts of a wave, in runs of at most `max_tokens` padded tokens, or one alone."""
+    chunks: list[list[int]] = []
+    for p in dict.fromkeys(owner):
+        chunk = [*chunks[-1], p] if chunks else []
+        if chunk and len(chunk) * max(len(prompts[q].token_ids) for q in chunk) <= max_tokens:
+            chunks[-1] = chunk
+        else:
+            chunks.append([p])
+    return chunks
+
+
+def _right_padded(policy: Policy, prompts: Sequence[Prompt], used: list[int]) -> tuple[Tensor, Tensor]:
+    """Token ids, [P, L], and each prompt's last place, [P]."""
+    lengths = torch.tensor([len(prompts[p].token_ids) for p in used])
+    ids = torch.zeros(len(used), int(lengths.max()), dtype=torch.int64)
+    for row, p in enumerate(used):
+        ids[row, : len(prompts[p].token_ids)] = torch.tensor(prompts[p].token_ids)
+    return ids.to(policy.device), (lengths - 1).to(policy.device)
+
+
+def _prefill_alike(policy: Policy, prompts: Sequence[Prompt], owner: list[int]) -> tuple[Tensor, Any]:
+    """Logits and cache of prompts of one length, by the model's own kind of cache."""
+    from transformers import DynamicCache
+
+    used = sorted(set(owner))
+    cache = DynamicCache(config=policy.base.config)
+    logits = policy.prefill(*_right_padded(policy, prompts, used), cache)
+    row = torch.tensor([used.index(p) for p in owner], device=policy.device)
+    cache.batch_select_indices(row)
+    return logits[row], cache
+
+
+def _to_last_slot(cache: Any, mask: Tensor | None, max_new_tokens: int) -> Tensor | None:
+    """Pretends that all tokens but the last have been sampled. The model's own kinds of cache grow, and stay."""
+    if not hasattr(cache, "slot_layers"):
+        return mask
+    layer = cache.slot_layers[0]
+    cache.decode(layer.prompt_slots + max_new_tokens - 1)
+    if mask is None:
+        return None
+    return torch.cat([mask, mask.new_ones(len(mask), max_new_tokens - 1)], dim=1)
 
 
 def _plain_attention(policy: Policy) -> bool:

@@ -1,0 +1,106 @@
+"""The memory plan at work in a run: checked before the model loads, rehearsed, and compared with what was measured."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from shoestring import pieces
+from shoestring.checkpoint import Pieces, State
+from shoestring.clock import Clock
+from shoestring.config import RunConfig
+from shoestring.errors import ConfigError
+from shoestring.memory import budget_bytes, check_room, context_bytes, free_bytes, give_back, size_text, total_bytes
+from shoestring.plan import Plan, check, predict
+from shoestring.policy import Policy
+from shoestring.types import Prompt
+
+if TYPE_CHECKING:
+    from shoestring.loop import Session
+
+log = logging.getLogger("shoestring")
+
+# Micro-batches where there is no plan.
+_UNPLANNED_TOKENS = Pieces.micro_batch_tokens
+# Part of the free memory that a run without a budget plans with.
+_ROOM = 0.92
+
+
+def checked_before_loading(config: RunConfig, device: torch.device) -> int | None:
+    """The budget in bytes; raises `ConfigError` if it is not there, or if the run cannot work with it."""
+    budget = budget_bytes(config.memory, total_bytes(device))
+    if budget is not None:
+        check_room(budget, device)
+        check(predict(config))
+    return budget
+
+
+def planned(config: RunConfig, policy: Policy, longest: Prompt) -> Plan | None:
+    """The plan with the real prompts' length; None for a model whose shape is not known and a run without a budget."""
+    room = None
+    if policy.device.type == "cuda":
+        held = torch.cuda.memory_allocated(policy.device)
+        room = int((free_bytes(policy.device) + held) * _ROOM)
+    try:
+        plan = predict(config, prompt_tokens=len(longest.token_ids), room=room)
+    except ConfigError as error:
+        if config.memory is not None:
+            raise
+        log.warning("There is no memory plan: %s", error)
+        return None
+    check(plan)
+    return plan
+
+
+def settle_pieces(state: State, config: RunConfig, plan: Plan | None) -> None:
+    """The pieces that the plan asks for; a resumed run goes on with those that proved to fit, unless the plan is
+    another."""
+    execution = config.execution
+    micro = plan.micro_batch if plan else execution.micro_batch_tokens or _UNPLANNED_TOKENS
+    on = plan.sizes.checkpointing if plan else execution.checkpointing is True
+    planned = [plan.wave_tokens if plan else execution.wave_tokens, micro, on]
+    if state.planned != planned:
+        state.planned = planned
+        state.wave_tokens = planned[0]
+        state.pieces = Pieces(micro, on, execution.checkpointing == "auto")
+
+
+def rehearse(session: Session, state: State, longest: Prompt) -> None:
+    """The largest pieces of a step, done once and thrown away, so that a run that cannot fit fails in its first minute:
+    on a GPU, and wherever a budget is set."""
+    config, sampling = session.config, session.config.sampling
+    if session.policy.device.type != "cuda" and config.memory is None:
+        return
+    session.engine.rehearse([longest] * sampling.num_prompts, num=sampling.num_completions, sampling=sampling)
+    give_back(session.policy.device)
+    pieces.rehearse(session.policy, session.optimizer, longest, config, state.pieces)
+    give_back(session.policy.device)
+
+
+def describe(plan: Plan) -> str:
+    """The opening line about memory."""
+    work, sizes = plan.work, plan.sizes
+    budget = f" of {size_text(plan.budget)}" if plan.budget is not None else ""
+    return (
+        f"memory: {size_text(plan.peak)}{budget} predicted; {work.rows} completions in {plan.waves} "
+        f"wave{'s' if plan.waves > 1 else ''}, micro-batches of {plan.micro_batch:,} tokens"
+        + (", layers recomputed" if sizes.checkpointing else "")
+    )
+
+
+def compare(session: Session, clock: Clock) -> None:
+    """Measured beside predicted, after the first step."""
+    plan, device = session.plan, session.policy.device
+    if plan is None or device.type != "cuda":
+        return
+    predicted = {phase.phase: phase.bytes for phase in plan.phases}
+    rows = [
+        ("sampling", predicted["peak while sampling"], clock.peaks.get("sample", 0)),
+        ("training", predicted["peak while training"], clock.peaks.get("train", 0)),
+        ("reserved", plan.peak, clock.reserved),
+        ("context", predicted["context"], context_bytes(device)),
+    ]
+    text = "; ".join(f"{name} {size_text(got)} (predicted {size_text(said)})" for name, said, got in rows)
+    session.reporter.say(f"memory measured: {text}")

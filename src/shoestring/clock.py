@@ -1,0 +1,34 @@
+"""Seconds and peak memory by phase of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Clock:
+    """Seconds, and on a GPU the peak of allocated bytes, of each phase; `reserved` is the peak that the allocator has
+    asked the driver for."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+        self.reserved = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        gpu = self.device.type == "cuda"
+        if gpu:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        started = time.perf_counter()
+        yield
+        if gpu:
+            torch.cuda.synchronize(self.device)
+            self.peaks[name] = torch.cuda.max_memory_allocated(self.device)
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved(self.device))
+        self.seconds[name] = time.perf_counter() - started

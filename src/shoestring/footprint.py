@@ -1,0 +1,279 @@
+"""What each part of a step takes, in bytes: one short formula each, from a model's shape and an adapter's.
+
+Letters: H hidden, I intermediate, V vocabulary, d head size, e bytes of a number in the model's type. Checked on a GPU
+(docs/memory.md holds the grid) and, where the count is exact, by tests that count saved tensors.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shoestring.heads import head_bytes
+from shoestring.samplers.draw import DRAW_TILE
+from shoestring.samplers.hf import PREFILL_SHARE
+from shoestring.shapes import FAMILIES, Shape
+
+# Bytes of an NF4 weight with double quantisation (arXiv 2305.14314): 4 bits, a byte for each block of 64, and an fp32
+# number for each 256 of those.
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+# What each 4-bit layer holds beside that: its code tables and their rounding to the allocator's blocks.
+NF4_TABLES = 2**12
+# cuBLAS' and cuBLASLt's workspaces on a card of compute capability 9; smaller ones on older cards.
+WORKSPACE = 32 * 2**20 + 8_519_680
+# The fp32 and fp64 numbers that a draw makes of each logit.
+DRAW_BYTES = 24
+CONTEXT = 500 * 2**20
+"""About what the CUDA context and loaded kernels take of a card, outside every budget."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an adapter (or none) trains, as the memory plan needs to know it."""
+
+    parameters: int
+    first_layer: int
+    """Layers from this one up carry gradient."""
+    adapted_layers: int
+    """Layers that hold trained weights."""
+    modules: frozenset[str] = field(default_factory=frozenset)
+    """Linear layers whose input is kept for the gradient of a trained weight."""
+    rank: int = 0
+    layer_parameters: int = 0
+    """Trained parameters of one adapted layer, which are cast to the model's type where theirs differs."""
+    whole: bool = False
+    """All weights of the model are trained, in its own type."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step's sizes, and how it is carried out."""
+
+    shape: Shape
+    trained: Trained
+    itemsize: int
+    nf4: bool
+    prompt: int
+    """Tokens of the longest prompt."""
+    added: int
+    """Tokens of a completion at most."""
+    prompts: int
+    rows: int
+    """Completions of a step."""
+    padded: bool
+    """Prompts may differ in length, so that attention needs a mask while sampling."""
+    gpu: bool
+    state: float
+    """Bytes of optimizer state for each trained parameter."""
+    step_temporaries: int = 0
+    """Bytes that an optimizer step takes for its while."""
+    reference: Literal["none", "adapter", "copy"] = "none"
+    """Where a KL term's reference comes from."""
+
+    @property
+    def slots(self) -> int:
+        return self.prompt + self.added
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row in training: the last one is predicted, never run."""
+        return self.slots - 1
+
+
+# --- what lies there all the time -----------------------------------------------------------------------------------
+
+
+def weights(work: Work) -> int:
+    """The base model, once; a second time for a frozen copy."""
+    shape, e = work.shape, work.itemsize
+    plain = shape.parameters * e
+    if work.nf4:
+        matrices = shape.layers * sum(linear.inputs * linear.outputs for linear in shape.linears)
+        tables = NF4_TABLES * shape.layers * len(shape.linears)
+        plain = int(matrices * NF4) + tables + (shape.parameters - matrices) * e
+    return plain * (2 if work.reference == "copy" else 1)
+
+
+def held(work: Work) -> int:
+    """Trained weights beside the base model, and the optimizer's state."""
+    own = 0 if work.trained.whole else 4 * work.trained.parameters
+    return own + int(work.state * work.trained.parameters)
+
+
+def gradient(work: Work) -> int:
+    return work.trained.parameters * (work.itemsize if work.trained.whole else 4)
+
+
+def workspace(work: Work) -> int:
+    return WORKSPACE if work.gpu else 0
+
+
+def static(work: Work) -> int:
+    return weights(work) + held(work) + workspace(work)
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+
+def kv_cache(work: Work, rows: int) -> int:
+    shape = work.shape
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * work.itemsize * rows * work.slots
+
+
+def forward_token(work: Work) -> int:
+    """Bytes for each token of a forward pass without gradient: the widest place of a layer."""
+    shape, e = work.shape, work.itemsize
+    wide = 4 if work.trained.modules & {"up_proj", "gate_up_proj"} and not work.trained.whole else 3
+    return wide * e * shape.intermediate + 4 * e * shape.hidden
+
+
+def prefill_tokens(work: Work, rows: int) -> int:
+    """Prompt tokens that are run at once for a wave of `rows`."""
+    distinct = min(work.prompts, max(rows * work.prompts // work.rows, 1))
+    most = max(rows * work.slots // PREFILL_SHARE, work.prompt)
+    return min(distinct, max(most // work.prompt, 1)) * work.prompt
+
+
+def prefill(work: Work, rows: int) -> int:
+    """Running a wave's prompts; the logits behind them are a row each."""
+    logits = work.itemsize * work.shape.vocab * rows
+    return prefill_tokens(work, rows) * forward_token(work) + dequantised(work) + logits
+
+
+def decode(work: Work, rows: int) -> int:
+    """One token a row: logits, what the draw makes of a tile of them, and the heads of keys that a mask multiplies."""
+    shape, e = work.shape, work.itemsize
+    tile = max(min(rows, DRAW_TILE // shape.vocab), 1) * shape.vocab * DRAW_BYTES
+    return e * shape.vocab * rows + max(
+        tile, repeated_heads(work, rows), rows * forward_token(work) + dequantised(work)
+    )
+
+
+def repeated_heads(work: Work, rows: int) -> int:
+    """With a mask, older versions of transformers repeat keys and values for every query head, one layer at a time."""
+    shape = work.shape
+    if not work.padded or shape.heads == shape.kv_heads or _packs_heads():
+        return 0
+    return 2 * shape.heads * shape.head_dim * work.itemsize * rows * work.slots
+
+
+def _packs_heads() -> bool:
+    found = importlib.metadata.version("transformers").split(".")[:2]
+    return tuple(int(part) for part in found) >= (5, 23)
+
+
+def dequantised(work: Work) -> int:
+    """The largest 4-bit matrix, unpacked for a product with more than a few rows."""
+    if not work.nf4:
+        return 0
+    return max(linear.inputs * linear.outputs for linear in work.shape.linears) * work.itemsize
+
+
+def sample_peak(work: Work, rows: int) -> int:
+    return static(work) + kv_cache(work, rows) + max(prefill(work, rows), decode(work, rows))
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def kept_token(work: Work, adapted: bool = True) -> int:
+    """Bytes that one layer keeps of each token for its backward pass (transformers' code, SDPA attention, no dropout).
+
+    Qwen2-1.5B in bf16 with rank 16 on q and v: 76,408.
+    """
+    shape, trained, e = work.shape, work.trained, work.itemsize
+    family = FAMILIES[shape.family]
+    width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms = 4 * shape.hidden * family.norms + 4 * family.norms
+    if family.qk_norms != "none":
+        norms += 4 * (width + kv_width)
+    attention = 2 * e * width + 2 * e * kv_width + 4 * shape.heads
+    mlp = 3 * e * shape.intermediate
+    if trained.whole:  # outputs of the norms, for their weights; inputs of q, k, v, of gate and up, and of down
+        return norms + attention + mlp + e * (2 * shape.hidden * 2 + shape.intermediate)
+    inputs = 0
+    if adapted:
+        modules = trained.modules
+        inputs += e * shape.hidden * bool(modules & {"q_proj", "k_proj", "v_proj", "qkv_proj"})
+        inputs += e * shape.hidden * bool(modules & {"gate_proj", "up_proj", "gate_up_proj"})
+        inputs += e * shape.intermediate * ("down_proj" in modules)
+        inputs += e * trained.rank * len(modules)
+    return norms + attention + mlp + inputs
+
+
+def kept_layers(work: Work) -> int:
+    """Layers that carry gradient."""
+    return work.shape.layers - work.trained.first_layer
+
+
+def _casts(work: Work) -> int:
+    """Adapter matrices of one layer in the model's type."""
+    trained = work.trained
+    return 0 if trained.whole or work.itemsize == 4 else trained.layer_parameters * work.itemsize
+
+
+def backward_token(work: Work) -> int:
+    """Bytes for each token on the way back through the MLP: three wide tensors, one of them kept already if down_proj
+    is adapted."""
+    shape, e = work.shape, work.itemsize
+    kept_already = work.trained.whole or "down_proj" in work.trained.modules
+    return (2 if kept_already else 3) * e * shape.intermediate + e * shape.hidden
+
+
+def activations(work: Work, tokens: int, checkpointing: bool) -> int:
+    """What the layers that carry gradient hold, at the worst moment of forward and backward."""
+    return kept(work, tokens, checkpointing) + on_the_way_back(work, tokens, checkpointing)
+
+
+def kept(work: Work, tokens: int, checkpointing: bool) -> int:
+    layers = kept_layers(work)
+    if checkpointing:
+        return layers * work.itemsize * work.shape.hidden * tokens
+    adapted = min(work.trained.adapted_layers, layers)
+    plain = layers - adapted
+    per_token = adapted * kept_token(work) + plain * kept_token(work, adapted=False)
+    return per_token * tokens + adapted * _casts(work)
+
+
+def on_the_way_back(work: Work, tokens: int, checkpointing: bool) -> int:
+    back = backward_token(work) * tokens + dequantised(work)
+    if checkpointing:  # one layer is there again
+        back += (kept_token(work) + 2 * work.itemsize * work.shape.hidden) * tokens + _casts(work)
+    return back
+
+
+def head(work: Work, scored: int) -> int:
+    """The tiled log-probs of `scored` tokens, forward and backward, their hidden states and gradients included."""
+    shape = work.shape
+    own = head_bytes(scored, shape.vocab, shape.hidden, work.itemsize, frozen=not work.trained.whole)
+    return own + 2 * work.itemsize * shape.hidden * scored
+
+
+def scored_tokens(work: Work, tokens: int) -> int:
+    return math.ceil(tokens * work.added / work.row_tokens)
+
+
+def train_peak(work: Work, tokens: int, checkpointing: bool) -> int:
+    """With micro-batches of `tokens` padded tokens."""
+    below = forward_token(work) * tokens + dequantised(work)  # the layers that carry no gradient
+    held_back = kept(work, tokens, checkpointing)
+    behind = work.itemsize * work.shape.hidden * tokens  # the last layer's output
+    above = max(
+        below,
+        held_back + behind + on_the_way_back(work, tokens, checkpointing),
+        held_back + behind + head(work, scored_tokens(work, tokens)),
+        work.step_temporaries,
+    )
+    dense = (
+        work.itemsize * work.shape.embedding if work.trained.whole else 0
+    )  # the embedding's gradient, before it is added
+    return static(work) + gradient(work) + above + dense
+
+
+def score_peak(work: Work, tokens: int) -> int:
+    """A pass without gradient, for the reference."""
+    if work.reference == "none":
+        return 0
+    return static(work) + gradient(work) + max(forward_token(work) * tokens, head(work, scored_tokens(work, tokens)))

@@ -1,0 +1,184 @@
+"""Training a step in pieces that fit: a phase that runs out of memory is undone, and done again in smaller ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from shoestring.batch import Row, collate, pad_rows
+from shoestring.checkpoint import Pieces, moments
+from shoestring.config import RunConfig
+from shoestring.memory import OutOfMemory, is_out_of_memory, shrinking, size_text
+from shoestring.optim import UpdateReport, backward, set_learning_rate, update
+from shoestring.policy import Policy
+from shoestring.types import Batch, Credit, Group, Prompt
+
+T = TypeVar("T")
+
+# Trained weights and optimizer state above this are not copied before each step: an error inside the optimizer's own
+# step is then final.
+_COPIED = 2**30
+
+
+@dataclass
+class Snapshot:
+    """Trained weights and optimizer state as they were, on the host; empty where they are too large to copy."""
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    begun: list[bool] = field(default_factory=list)
+    _weights: dict[str, Tensor] = field(default_factory=dict)
+    _moments: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    @contextmanager
+    def taken(cls, policy: Policy, optimizer: torch.optim.Optimizer) -> Iterator[Snapshot]:
+        parameters = policy.trained()
+        own = cls(parameters, optimizer)
+        state = moments(parameters, optimizer)
+        if sum(t.nbytes for t in (*parameters.values(), *state.values())) <= _COPIED:
+            own._weights, own._moments = _on_host(parameters), _on_host(state)
+        handle = optimizer.register_step_pre_hook(lambda *_: own.begun.append(True))
+        try:
+            yield own
+        finally:
+            handle.remove()
+
+    def restore(self) -> None:
+        """Puts everything back; raises `OutOfMemory` if an optimizer step has begun and there is no copy."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if not self.begun:
+            return
+        if not self._weights:
+            raise OutOfMemory(
+                "memory ran out in the optimizer's step",
+                f"of more than {size_text(_COPIED)} of trained weights and optimizer state no copy is kept to go back to",
+                'go on from the last checkpoint with optim.name = "adamw-8bit" or "adamw-cpu", or with more memory',
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self._weights[name])
+            now = moments(self.parameters, self.optimizer)
+            if not self._moments:
+                self.optimizer.state.clear()
+            for name, value in self._moments.items():
+                now[name].copy_(value)
+        self.begun.clear()
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def train_in_pieces(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[Group],
+    credits: Sequence[Credit],
+    config: RunConfig,
+    pieces: Pieces,
+    seed: int,
+) -> tuple[UpdateReport, list[Batch]]:
+    """One update from these completions, in micro-batches of `pieces.micro_batch_tokens`, which is lowered if they do
+    not fit. Every size gives the same gradient up to rounding."""
+    cut = partial(collate, groups, credits, normalise=config.algorithm.normalise, beta=config.objective.beta)
+    batches = cut(max_tokens=pieces.micro_batch_tokens)
+    if not batches:  # without signal there is nothing to learn from, and the step is a fact to report
+        return UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False), batches
+    longest = batches[0].input_ids.shape[1]
+    with Snapshot.taken(policy, optimizer) as before:
+
+        def attempt(max_tokens: int) -> tuple[UpdateReport, list[Batch]]:
+            torch.manual_seed(seed)  # rounding by chance draws from torch's own generators
+            batches = cut(max_tokens=max_tokens)
+            return update(
+                policy,
+                optimizer,
+                batches,
+                config.objective,
+                temperature=config.sampling.temperature,
+                max_grad_norm=config.optim.max_grad_norm,
+                checkpointing=pieces.checkpointing,
+            ), batches
+
+        return _fitted(attempt, pieces, longest, before.restore)
+
+
+def rehearse(
+    policy: Policy, optimizer: torch.optim.Optimizer, prompt: Prompt, config: RunConfig, pieces: Pieces
+) -> None:
+    """The largest micro-batch that a step can have, forward, backward and through an optimizer step of rate 0 with no
+    gradient: it takes all the memory that training takes, and leaves weights, optimizer and random state as they
+    were."""
+
+    def attempt(max_tokens: int) -> None:
+        batch = worst_batch(prompt, config, max_tokens)
+        backward(policy, [batch], 0, [None], config.objective, config.sampling.temperature, pieces.checkpointing)
+        for parameter in policy.trained().values():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        if not optimizer.state:
+            set_learning_rate(optimizer, 0.0)
+            optimizer.step()
+            optimizer.state.clear()
+        optimizer.zero_grad(set_to_none=True)
+
+    def undo() -> None:
+        optimizer.zero_grad(set_to_none=True)
+
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        _fitted(attempt, pieces, len(prompt.token_ids) + config.sampling.max_new_tokens - 1, undo)
+
+
+def worst_batch(prompt: Prompt, config: RunConfig, max_tokens: int) -> Batch:
+    """Full-length rows behind the longest prompt, every token selected, as many as `max_tokens` allow."""
+    sampling = config.sampling
+    count = sampling.max_new_tokens
+    ids = torch.tensor([prompt.token_ids[i % len(prompt.token_ids)] for i in range(count)])
+    each = torch.full((count,), 1.0 / count)
+    row = Row(
+        problem_id="rehearsal",
+        token_ids=prompt.token_ids + tuple(ids[: count - 1].tolist()),
+        col=torch.arange(count) + len(prompt.token_ids) - 1,
+        target=ids,
+        advantage=torch.ones(count),
+        weight=each,
+        kl_weight=each,
+        sampler_logprob=torch.zeros(count),
+    )
+    most = sampling.num_prompts * sampling.num_completions
+    return pad_rows([row] * max(min(max_tokens // len(row.token_ids), most), 1))
+
+
+def _fitted(attempt: Callable[[int], T], pieces: Pieces, longest: int, undo: Callable[[], None]) -> T:
+    """Runs `attempt` with micro-batches that fit, and remembers their size; down to a single row, and then with
+    checkpointing."""
+    found = _halved(attempt, pieces, longest, undo)
+    if found is None and pieces.may_checkpoint and not pieces.checkpointing:
+        pieces.checkpointing = True
+        found = _halved(attempt, pieces, longest, undo)
+    if found is None:
+        raise OutOfMemory(
+            f"memory ran out while training on one row of {longest} tokens",
+            "there is no smaller piece of a step",
+            "lower sampling.max_new_tokens or adapter.layers, set execution.checkpointing = true or "
+            'model.dtype = "nf4", or give more memory',
+        )
+    return found[0]
+
+
+def _halved(attempt: Callable[[int], T], pieces: Pieces, longest: int, undo: Callable[[], None]) -> tuple[T] | None:
+    try:
+        found, pieces.micro_batch_tokens = shrinking(attempt, pieces.micro_batch_tokens, longest, undo=undo)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return (found,)

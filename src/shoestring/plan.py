@@ -1,0 +1,395 @@
+"""The memory plan: what a run will take, before it starts, and into how many pieces a budget cuts its steps.
+
+Made from the config and the model's config.json alone; `footprint` holds the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from shoestring import config as configs
+from shoestring import footprint
+from shoestring.config import RunConfig
+from shoestring.errors import ConfigError, ShoestringError
+from shoestring.footprint import Trained, Work
+from shoestring.memory import budget_bytes, size_text
+from shoestring.models import locate
+from shoestring.optim import state_bytes
+from shoestring.shapes import Shape, read_shape
+from shoestring.tasks.base import plain_text
+
+# Without checkpointing, micro-batches of so many tokens keep a card busy; with fewer, recomputing layers costs less.
+_ENOUGH_TOKENS = 2_048
+_MOST_TOKENS = 16_384
+# What a host does not miss beside the weights: there, training may take so much even where sampling needs less.
+_HOST_FLOOR = 128 * 2**20
+# Prompt tokens where neither the setting nor the data tells.
+_ASSUMED_PROMPT = 256
+_LOOKED_AT = 64
+# What a chat template puts around a message, about.
+_TEMPLATE_TOKENS = 32
+
+
+class Sizes(NamedTuple):
+    """The pieces in which a step is carried out."""
+
+    wave_rows: int
+    """Completions sampled at once."""
+    micro_rows: int
+    """Full-length rows trained at once."""
+    checkpointing: bool
+
+
+class Phase(NamedTuple):
+    phase: str
+    bytes: int
+
+
+class Alternative(NamedTuple):
+    change: str
+    peak: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predicted bytes of a run's steps. `peak` is of allocated memory, without the CUDA context."""
+
+    work: Work
+    sizes: Sizes
+    budget: int | None
+    peak: int
+    smallest: int
+    """The least budget under which the run as configured completes."""
+    phases: tuple[Phase, ...]
+    alternatives: tuple[Alternative, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.budget is None or self.peak + margin(self.work, self.budget) <= self.budget
+
+    @property
+    def waves(self) -> int:
+        return -(-self.work.rows // self.sizes.wave_rows)
+
+    @property
+    def wave_tokens(self) -> int:
+        """Cache slots of a wave."""
+        return self.sizes.wave_rows * self.work.slots
+
+    @property
+    def micro_batch(self) -> int:
+        """Padded tokens of a micro-batch."""
+        return self.sizes.micro_rows * self.work.row_tokens
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "budget": self.budget,
+            "peak": self.peak,
+            "fits": self.fits,
+            "phases": [phase._asdict() for phase in self.phases],
+            "waves": self.waves,
+            "micro_batch": self.micro_batch,
+            "alternatives": [alternative._asdict() for alternative in self.alternatives],
+        }
+
+
+def predict(
+    config: RunConfig | Mapping[str, Any] | str | Path | None = None,
+    *,
+    prompt_tokens: int | None = None,
+    room: int | None = None,
+    total: int | None = None,
+) -> Plan:
+    """The plan of a config (or a nested mapping, a recipe's path, None for the embedded default).
+
+    `prompt_tokens` is the longest prompt (default: the setting, the data, or an assumption that the notes tell). `room`
+    are the bytes that can be had where no budget is set, `total` those of the card or machine that a share refers to
+    (default: those found here). Raises `ConfigError` for a model whose shape is not known.
+    """
+    if not isinstance(config, RunConfig):
+        config = configs.settle(dict(config)) if isinstance(config, Mapping) else configs.load(config)
+    shape = read_shape(config.model.name, family=config.model.family, revision=config.model.revision)
+    prompt, note = (prompt_tokens, "") if prompt_tokens else _prompt_tokens(config)
+    gpu = on_gpu(config)
+    work = work_of(config, shape, prompt, gpu=gpu)
+    budget = budget_bytes(config.memory, total if total is not None else _total(gpu))
+    return _planned(config, work, budget, room, (note,) if note else ())
+
+
+def check(plan: Plan) -> None:
+    """Raises `ConfigError` if the budget is below what the run needs in its smallest pieces."""
+    if plan.budget is None or plan.fits:
+        return
+    best = min(plan.alternatives, key=lambda alternative: alternative.peak, default=None)
+    more = f"; or set {best.change}, with which {size_text(best.peak)} would do" if best else ""
+    raise ConfigError(
+        f"memory is {size_text(plan.budget)}",
+        f"with one completion sampled and one row trained at a time this run needs {size_text(plan.smallest)}",
+        f'write memory = "{-(-plan.smallest // 2**20)}MiB"{more}',
+    )
+
+
+def on_gpu(config: RunConfig) -> bool:
+    if config.execution.device == "auto":
+        import torch
+
+        return torch.cuda.is_available()
+    return config.execution.device.startswith("cuda")
+
+
+def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
+    """A config's step, in the terms of the formulas."""
+    dtype = config.model.dtype
+    itemsize = {"bf16": 2, "fp16": 2, "fp32": 4}.get(dtype, 2 if gpu else 4)
+    trained = config.adapter.trained(shape)
+    sampling = config.sampling
+    reference = "none" if not config.objective.beta else "copy" if trained.whole else "adapter"
+    return Work(
+        shape=shape,
+        trained=trained,
+        itemsize=itemsize,
+        nf4=dtype == "nf4",
+        prompt=prompt,
+        added=sampling.max_new_tokens,
+        prompts=sampling.num_prompts,
+        rows=sampling.num_prompts * sampling.num_completions,
+        padded=sampling.num_prompts > 1,
+        gpu=gpu,
+        state=state_bytes(config.optim),
+        step_temporaries=_step_temporaries(config, shape, trained, gpu),
+        reference=reference,
+    )
+
+
+def _step_temporaries(config: RunConfig, shape: Shape, trained: Trained, gpu: bool) -> int:
+    """Bytes that an optimizer step takes for its while: torch's fused AdamW none, torchao's those of a whole weight."""
+    if config.optim.name == "adamw-8bit":
+        return 8 * (shape.embedding if trained.whole else max(trained.layer_parameters, 1))
+    return 2**25 if trained.whole and gpu else 0
+
+
+def margin(work: Work, budget: int) -> int:
+    """What a budget must leave free for the allocator's rounding."""
+    return 24 * 2**20 + budget // 100 if work.gpu else 0
+
+
+# --- choosing the pieces --------------------------------------------------------------------------------------------
+
+
+def _planned(config: RunConfig, work: Work, budget: int | None, room: int | None, notes: tuple[str, ...]) -> Plan:
+    sizes = _choose(config, work, budget, room)
+    smallest = _least_budget(config, work)
+    return Plan(
+        work,
+        sizes,
+        budget,
+        _peak(work, sizes),
+        smallest,
+        _phases(work, sizes),
+        _alternatives(config, work, sizes, budget),
+        notes,
+    )
+
+
+def _peak(work: Work, sizes: Sizes) -> int:
+    tokens = sizes.micro_rows * work.row_tokens
+    return max(
+        footprint.sample_peak(work, sizes.wave_rows),
+        footprint.train_peak(work, tokens, sizes.checkpointing),
+        footprint.score_peak(work, tokens),
+    )
+
+
+def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None) -> Sizes:
+    """As few waves as fit, and the largest micro-batch that takes no more than sampling does."""
+    most = budget - margin(work, budget) if budget is not None else room
+    execution = config.execution
+    wave_limit = max(execution.wave_tokens // work.slots, 1) if execution.wave_tokens else work.rows
+
+    def samples(rows: int) -> bool:
+        return most is None or footprint.sample_peak(work, rows) <= most
+
+    wave_rows = _evenly(work.rows, _largest(samples, min(wave_limit, work.rows)))
+    allowed: int | None = footprint.sample_peak(work, wave_rows)
+    if budget is None and not work.gpu:
+        allowed = max(allowed, footprint.static(work) + _HOST_FLOOR)
+    if execution.micro_batch_tokens:
+        micro_limit = max(execution.micro_batch_tokens // work.row_tokens, 1)
+        if budget is None:
+            allowed = None
+    else:
+        micro_limit = max(_MOST_TOKENS // work.row_tokens, 1)
+    micro_limit = min(micro_limit, work.rows)
+
+    def micro(checkpointing: bool) -> int:
+        def trains(rows: int) -> bool:
+            return allowed is None or footprint.train_peak(work, rows * work.row_tokens, checkpointing) <= allowed
+
+        return _evenly(work.rows, _largest(trains, micro_limit))
+
+    if execution.checkpointing != "auto":
+        return Sizes(wave_rows, micro(execution.checkpointing), execution.checkpointing)
+    plain, recomputed = micro(False), micro(True)
+    enough = plain * work.row_tokens >= _ENOUGH_TOKENS or plain >= min(recomputed, micro_limit)
+    overflows = allowed is not None and footprint.train_peak(work, plain * work.row_tokens, False) > allowed
+    return Sizes(wave_rows, plain, False) if enough and not overflows else Sizes(wave_rows, recomputed, True)
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits; 1 where none does."""
+    low, high = 1, max(most, 1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _evenly(count: int, most: int) -> int:
+    """The size of equal parts of at most `most`: no more parts than needed, and no larger than that asks for.
+
+    >>> _evenly(64, 54)
+    32
+    """
+    return -(-count // -(-count // most))
+
+
+def _least_budget(config: RunConfig, work: Work) -> int:
+    """The smallest pieces, and the margin on top."""
+    checkpointing = config.execution.checkpointing
+    peak = min(
+        _peak(work, Sizes(1, 1, choice)) for choice in ((True, False) if checkpointing == "auto" else (checkpointing,))
+    )
+    if not work.gpu:
+        return peak
+    return int((peak + margin(work, 0)) / 0.99) + 1
+
+
+def _phases(work: Work, sizes: Sizes) -> tuple[Phase, ...]:
+    """The parts. The two peaks are of what is held at the same time; the context is not in them."""
+    tokens = sizes.micro_rows * work.row_tokens
+    scored = footprint.scored_tokens(work, tokens)
+    return tuple(
+        Phase(name, int(count))
+        for name, count in (
+            ("weights", footprint.weights(work)),
+            ("adapter, gradient and optimizer", footprint.held(work) + footprint.gradient(work)),
+            ("workspace", footprint.workspace(work)),
+            ("KV cache", footprint.kv_cache(work, sizes.wave_rows)),
+            ("prefill", footprint.prefill(work, sizes.wave_rows)),
+            ("decode", footprint.decode(work, sizes.wave_rows)),
+            ("log-prob and reference pass", footprint.forward_token(work) * tokens),
+            ("training activations", footprint.activations(work, tokens, sizes.checkpointing)),
+            ("head", footprint.head(work, scored)),
+            ("peak while sampling", footprint.sample_peak(work, sizes.wave_rows)),
+            ("peak while training", footprint.train_peak(work, tokens, sizes.checkpointing)),
+            ("context", footprint.CONTEXT if work.gpu else 0),
+        )
+    )
+
+
+# --- what else could be set -----------------------------------------------------------------------------------------
+
+
+def _alternatives(config: RunConfig, work: Work, sizes: Sizes, budget: int | None) -> tuple[Alternative, ...]:
+    """The peak under other settings: of the same pieces, or, where the budget is too small for the smallest pieces, the
+    least budget."""
+    too_small = budget is not None and _peak(work, sizes) + margin(work, budget) > budget
+    found = [
+        Alternative(change, _least_budget(config, changed) if too_small else _peak(changed, pieces))
+        for change, changed, pieces in _changes(config, work, sizes)
+        if not (too_small and changed == work)
+    ]
+    return tuple(found)
+
+
+def _changes(config: RunConfig, work: Work, sizes: Sizes) -> Iterator[tuple[str, Work, Sizes]]:
+    """What could be set otherwise, in words and as the step that it makes."""
+
+    def of(*overrides: str) -> Work:
+        values: dict[str, Any] = config.model_dump(exclude_none=True)
+        for override in overrides:
+            values = configs.overridden(values, override)
+        return replace(work_of(configs.settle(values), work.shape, work.prompt, gpu=work.gpu), padded=work.padded)
+
+    if not work.nf4 and not work.trained.whole:
+        yield 'model.dtype = "nf4"', of("model.dtype=nf4"), sizes
+    third = work.shape.layers - max(work.shape.layers // 3, 1)
+    if not work.trained.whole and work.trained.first_layer < third and hasattr(config.adapter, "layers"):
+        yield 'adapter.layers = "last-third"', of("adapter.layers=last-third"), sizes
+    if work.trained.whole:
+        yield 'adapter.name = "lora"', of("adapter.name=lora"), sizes
+        if config.optim.name == "adamw":
+            yield 'optim.name = "adamw-8bit"', of("optim.name=adamw-8bit"), sizes
+    if sizes.wave_rows > 1:
+        half = sizes._replace(wave_rows=-(-sizes.wave_rows // 2))
+        waves = -(-work.rows // half.wave_rows)
+        yield f"execution.wave_tokens = {half.wave_rows * work.slots} ({waves} waves)", work, half
+    if not sizes.checkpointing:
+        yield "execution.checkpointing = true", work, sizes._replace(checkpointing=True)
+    if sizes.micro_rows > 1:
+        yield f"execution.micro_batch_tokens = {work.row_tokens} (one row)", work, sizes._replace(micro_rows=1)
+    if work.added > 1:
+        shorter = work.added // 2
+        yield f"sampling.max_new_tokens = {shorter}", replace(work, added=shorter), sizes
+    if work.prompt > 1:
+        shorter = work.prompt // 2
+        yield f"sampling.max_prompt_tokens = {shorter}", replace(work, prompt=shorter), sizes
+
+
+# --- how long prompts are -------------------------------------------------------------------------------------------
+
+
+def _prompt_tokens(config: RunConfig) -> tuple[int, str]:
+    """Tokens of the longest prompt, and how that is known, without transformers: about, where a chat template is on
+    top."""
+    limit = config.sampling.max_prompt_tokens
+    if limit is not None:
+        return limit, ""
+    try:
+        longest = _longest_texts(config)
+        tokenizer = _tokenizer(config)
+    except (ShoestringError, OSError):
+        longest, tokenizer = [], None
+    if not longest or tokenizer is None:
+        return _ASSUMED_PROMPT, f"prompts are taken to have {_ASSUMED_PROMPT} tokens: set sampling.max_prompt_tokens"
+    count = max(len(tokenizer.encode(text).ids) for text in longest)
+    if config.task.format == "plain":
+        return max(count, 1), f"prompts have up to {count} tokens"
+    return count + _TEMPLATE_TOKENS, f"prompts have up to about {count + _TEMPLATE_TOKENS} tokens"
+
+
+def _longest_texts(config: RunConfig) -> list[str]:
+    """The longest of the prompts in memory, or some of those that are made as they are read."""
+    problems = config.task.problems("train")
+    chosen = longest_problems(problems)
+    return [plain_text(config.task.ask(problem)) for problem in chosen]
+
+
+def longest_problems(problems: Sequence[Any]) -> list[Any]:
+    """The problems with the longest questions; of data that are made as they are read, some from all over."""
+    if isinstance(problems, (list, tuple)):
+        return sorted(problems, key=lambda problem: -len(problem.question))[:_LOOKED_AT]
+    apart = max(len(problems) // _LOOKED_AT, 1)
+    return [problems[i] for i in range(0, len(problems), apart)][:_LOOKED_AT]
+
+
+def _tokenizer(config: RunConfig) -> Any:
+    from tokenizers import Tokenizer
+
+    file = Path(locate(config.model.name).path) / "tokenizer.json"
+    return Tokenizer.from_file(str(file)) if file.is_file() else None
+
+
+def _total(gpu: bool) -> int | None:
+    """The memory of the card here, or of the machine; None where the run's card is not here."""
+    import torch
+
+    from shoestring.memory import total_bytes
+
+    if gpu and not torch.cuda.is_available():
+        return None
+    return total_bytes(torch.device("cuda" if gpu else "cpu"))
