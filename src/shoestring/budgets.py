@@ -73,9 +73,9 @@ def rehearse(session: Session, state: State, longest: Prompt) -> None:
     config, sampling = session.config, session.config.sampling
     if session.policy.device.type != "cuda" and config.memory is None:
         return
-    session.engine.rehearse([longest] * sampling.num_prompts, num=sampling.num_completions, sampling=sampling)
-    give_back(session.policy.device)
     pieces.rehearse(session.policy, session.optimizer, longest, config, state.pieces)
+    give_back(session.policy.device)
+    session.engine.rehearse([longest] * sampling.num_prompts, num=sampling.num_completions, sampling=sampling)
     give_back(session.policy.device)
 
 

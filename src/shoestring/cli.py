@@ -4,6 +4,7 @@ quick."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,10 @@ import typer
 from shoestring.errors import ConfigError, NonFiniteError, ShoestringError
 
 if TYPE_CHECKING:
+    from shoestring.config import RunConfig
     from shoestring.evaluation import EvalSettings
     from shoestring.models import ModelSettings
+    from shoestring.plan import Plan
     from shoestring.policy import Policy
     from shoestring.tasks.base import Task
 
@@ -69,6 +72,26 @@ def _resolved(resume: str | None, values: dict[str, Any]) -> Any:
     from shoestring import runs
 
     return runs.resumed_config(Path(resume), values or None) if resume else configs.settle(values)
+
+
+@app.command()
+def plan(
+    arguments: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """What a run will take of the card, before it starts: [RECIPE] [KEY=VALUE ...]. Loads no weights."""
+    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # what is on this machine has to do
+
+    from shoestring import config as configs
+    from shoestring.plan import predict
+
+    recipe, overrides = _split(arguments)
+    config = configs.load(recipe, overrides)
+    found = predict(config)
+    if as_json:
+        print(json.dumps(found.as_json()))
+    else:
+        _print_plan(config, found)
 
 
 @app.command("eval")
@@ -277,6 +300,41 @@ def _evaluated(policy: Policy, task: Task, settings: EvalSettings, *, show: bool
         return run_evaluation(
             policy, engine, task, settings, lambda done, total: bar.update(job, completed=done, total=total)
         )
+
+
+def _print_plan(config: RunConfig, plan: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from shoestring.memory import size_text
+
+    console, work = Console(soft_wrap=False), plan.work
+    kind = "nf4" if work.nf4 else f"{8 * work.itemsize} bits"
+    where = "a GPU" if work.gpu else "the CPU (for a GPU: execution.device=cuda)"
+    table = Table(title=f"{config.model.name}, {work.shape.parameters:,} parameters, {kind}, on {where}")
+    for heading in ("part", "bytes", ""):
+        table.add_column(heading, justify="right" if heading == "bytes" else "left")
+    for phase in plan.phases:
+        note = "outside the budget" if phase.phase == "context" else ""
+        table.add_row(phase.phase, f"{phase.bytes:,}", note or size_text(phase.bytes), end_section=phase.phase == "head")
+    console.print(table)
+    budget = f" of a budget of {size_text(plan.budget)}" if plan.budget is not None else ""
+    fits = "" if plan.fits else f" It does not fit: this run needs {size_text(plan.smallest)} at least."
+    console.print(f"Peak of a step: {size_text(plan.peak)}{budget}.{fits}", highlight=False)
+    recomputed = ", layers recomputed in the backward pass" if plan.sizes.checkpointing else ""
+    console.print(
+        f"{work.rows} completions in {plan.waves} wave{'s' if plan.waves > 1 else ''}; training in micro-batches of "
+        f"{plan.micro_batch:,} tokens{recomputed}; prompts of {work.prompt} tokens.",
+        highlight=False,
+    )
+    for note in plan.notes:
+        console.print(f"Note: {note}.", highlight=False)
+    table = Table(title="with one setting changed")
+    for heading in ("setting", "peak"):
+        table.add_column(heading, justify="right" if heading == "peak" else "left")
+    for alternative in plan.alternatives:
+        table.add_row(alternative.change, size_text(alternative.peak))
+    console.print(table)
 
 
 def _print_evaluation(values: dict[str, Any]) -> None:

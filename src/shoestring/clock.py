@@ -17,7 +17,8 @@ class Clock:
         self.device = device
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
-        self.reserved = 0
+        # Counted from the end of the last phase of the step before: loading, the rehearsal and evaluations included.
+        self.reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

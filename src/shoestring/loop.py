@@ -205,8 +205,8 @@ def _step(session: Session, state: State) -> None:
 
 def _never_finite(state: State, folder: Path) -> NonFiniteError:
     return NonFiniteError(
-        f"{_MOST_SKIPPED} steps in a row (the last was {state.step - 1}) had a loss or gradient that is not finite, and "
-        f"none was applied; problems: {state.culprits}. A checkpoint is in {folder}."
+        f"{_MOST_SKIPPED} steps in a row (the last was {state.step - 1}) had a loss or gradient that is not finite, "
+        f"and none was applied; problems: {state.culprits}. A checkpoint is in {folder}."
     )
 
 

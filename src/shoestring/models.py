@@ -118,7 +118,6 @@ def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel
             )
         options["gguf_file"] = source.gguf_file
     check_quantisation(settings)
-    quantised = _nf4_options(device) if settings.dtype == "nf4" else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
         model = AutoModelForCausalLM.from_pretrained(
@@ -126,7 +125,6 @@ def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel
             dtype=torch_dtype(settings.dtype, device),
             attn_implementation=settings.attn_implementation,
             use_safetensors=None if source.gguf_file else True,
-            **quantised,
             **options,
         )
         if source.gguf_file:
@@ -139,10 +137,9 @@ def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel
             f'model is "{settings.name}"', "its tokenizer turns text into nothing", "put tokenizer.json into its folder"
         )
     tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of what the model wrote
-    if quantised:
-        _not_repacked(model)
-    else:
-        model.to(device)  # type: ignore[arg-type]
+    if settings.dtype == "nf4":
+        quantise(model, device)
+    model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer, source
 
 
@@ -154,33 +151,34 @@ def check_quantisation(settings: ModelSettings) -> None:
         raise ConfigError(
             'model.dtype is "nf4"', "that needs the package bitsandbytes", 'run: pip install "shoestring[nf4]"'
         )
-    if locate(settings.name).gguf_file:
-        raise ConfigError(
-            f'model is "{settings.name}" and model.dtype "nf4"',
-            "a GGUF file is quantised already, and is unpacked when it is read",
-            "give a model folder (examples/get_smollm2.py shows how to write one), or another dtype",
-        )
 
 
-def _nf4_options(device: torch.device) -> dict[str, Any]:
-    """NF4 with double quantisation (arXiv 2305.14314), a layer at a time as it is read; products in the type of
-    "auto"."""
-    from transformers import BitsAndBytesConfig
+def quantise(model: PreTrainedModel, device: torch.device) -> None:
+    """Puts the matrices of the decoder layers on `device` as NF4 with double quantisation (arXiv 2305.14314).
 
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch_dtype("auto", device),
-    )
-    return {"quantization_config": config, "device_map": {"": device}}
+    One after the other: beside the 4-bit weights the device never holds more than one whole matrix, which the loader of
+    transformers does not promise.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from torch import nn
 
+    from shoestring.adapters.base import decoder_layers
 
-def _not_repacked(model: PreTrainedModel) -> None:
-    """Keeps bitsandbytes from laying weights out for the CPU's inference kernel, from which no gradient comes back."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    _, layers = decoder_layers(model)
+    for parent in layers.modules():
+        for name, linear in list(parent.named_children()):
+            if type(linear) is not nn.Linear:
+                continue
+            bias = linear.bias is not None
+            small = Linear4bit(
+                linear.in_features, linear.out_features, bias, linear.weight.dtype, quant_type="nf4", device="meta"
+            )
+            small.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=small)
+            small.bias = linear.bias
+            # Else it lays weights out for the CPU's inference kernel, from which no gradient comes back.
+            small.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            setattr(parent, name, small.to(device))
+    model.is_loaded_in_4bit = True  # type: ignore[attr-defined]  # by which PEFT knows
 
 
 def _load_error(name: str, error: Exception) -> ConfigError:

@@ -58,7 +58,7 @@ class Snapshot:
         if not self._weights:
             raise OutOfMemory(
                 "memory ran out in the optimizer's step",
-                f"of more than {size_text(_COPIED)} of trained weights and optimizer state no copy is kept to go back to",
+                f"above {size_text(_COPIED)} of trained weights and optimizer state no copy is kept to go back to",
                 'go on from the last checkpoint with optim.name = "adamw-8bit" or "adamw-cpu", or with more memory',
             )
         with torch.no_grad():
@@ -114,8 +114,8 @@ def rehearse(
     policy: Policy, optimizer: torch.optim.Optimizer, prompt: Prompt, config: RunConfig, pieces: Pieces
 ) -> None:
     """The largest micro-batch that a step can have, forward, backward and through an optimizer step of rate 0 with no
-    gradient: it takes all the memory that training takes, and leaves weights, optimizer and random state as they
-    were."""
+    gradient: it takes all the memory that training takes, and changes no weight, no moment and no random state. The
+    optimizer's state stays, since sampling has to fit beside it."""
 
     def attempt(max_tokens: int) -> None:
         batch = worst_batch(prompt, config, max_tokens)
@@ -126,7 +126,8 @@ def rehearse(
         if not optimizer.state:
             set_learning_rate(optimizer, 0.0)
             optimizer.step()
-            optimizer.state.clear()
+            for made in optimizer.state.values():  # all of it is 0 but this
+                made["step"].zero_()
         optimizer.zero_grad(set_to_none=True)
 
     def undo() -> None:

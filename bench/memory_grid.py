@@ -1,0 +1,147 @@
+"""Predicted against measured memory, on a grid of configurations: bench/results/memory-grid.json.
+
+    python bench/memory_grid.py OUT [--tiny]
+
+Each row is measured on the real code path with a real model: short completions by two full steps, long ones by the
+rehearsal that every run begins with (longest prompt, keys and values of full-length completions in place, a full
+micro-batch forward and backward, optimizer state in place), and two of those by full steps as well. Prompts differ in
+length. `above` is what lies above the weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from common import GIB, clean, our_run, random_model, write
+
+from shoestring import budgets, pieces
+from shoestring import config as configs
+from shoestring.checkpoint import State
+from shoestring.clock import Clock
+from shoestring.memory import capped, give_back
+from shoestring.optim import build_optimizer
+from shoestring.plan import Plan, predict
+from shoestring.policy import load_policy
+from shoestring.types import Problem, Prompt
+
+THIRD, ALL = "q,v of the last third", "all linear layers"
+ADAPTERS = {THIRD: {"modules": ["q_proj", "v_proj"], "layers": "last-third"}, ALL: {}}
+# model, adapter, checkpointing, group, completion, dtype, rows in a micro-batch
+GRID = [
+    ("qwen2-0.5b", THIRD, False, 8, 128, "bf16", 8),
+    ("qwen2-0.5b", ALL, False, 16, 128, "bf16", 8),
+    ("qwen2-0.5b", ALL, True, 8, 128, "bf16", 16),
+    ("qwen2-0.5b", THIRD, True, 16, 128, "nf4", 16),
+    ("qwen2-0.5b", THIRD, False, 16, 1024, "bf16", 4),
+    ("qwen2-0.5b", THIRD, True, 8, 1024, "bf16", 8),
+    ("qwen2-0.5b", ALL, False, 8, 1024, "bf16", 2),
+    ("qwen2-0.5b", ALL, True, 16, 1024, "nf4", 4),
+    ("qwen2-0.5b", ALL, False, 16, 1024, "nf4", 2),
+    ("qwen2-1.5b", THIRD, False, 8, 128, "bf16", 8),
+    ("qwen2-1.5b", THIRD, True, 16, 128, "bf16", 16),
+    ("qwen2-1.5b", ALL, False, 8, 128, "nf4", 4),
+    ("qwen2-1.5b", ALL, True, 16, 128, "bf16", 8),
+    ("qwen2-1.5b", THIRD, False, 8, 1024, "bf16", 2),
+    ("qwen2-1.5b", THIRD, True, 8, 1024, "nf4", 4),
+    ("qwen2-1.5b", ALL, False, 16, 1024, "bf16", 1),
+    ("qwen2-1.5b", ALL, True, 16, 1024, "bf16", 4),
+    ("qwen2-1.5b", ALL, True, 8, 1024, "nf4", 2),
+    ("qwen2-1.5b", THIRD, False, 16, 1024, "nf4", 2),
+]
+FULL_TOO = (4, 14)  # long ones that are measured by full steps as well
+PROMPT, PROMPTS = 128, 2
+
+
+def config_of(row: tuple[Any, ...], tiny: bool) -> dict[str, Any]:
+    model, adapter, checkpointing, group, completion, dtype, micro_rows = row
+    completion = completion // 16 if tiny else completion
+    return {
+        "model": {"name": str(random_model("tiny" if tiny else model)), "dtype": dtype},
+        "algorithm": {"name": "grpo"},
+        "adapter": {"rank": 16, **ADAPTERS[adapter]},
+        "sampling": {
+            "num_prompts": PROMPTS,
+            "num_completions": group,
+            "max_new_tokens": completion,
+            "max_prompt_tokens": PROMPT,
+            "ignore_eos": True,
+        },
+        "execution": {
+            "wave_tokens": PROMPTS * group * (PROMPT + completion),
+            "micro_batch_tokens": micro_rows * (PROMPT + completion - 1),
+            "checkpointing": checkpointing,
+        },
+        "steps": 2,
+    }
+
+
+def rehearsed(values: dict[str, Any]) -> tuple[Clock, Plan]:
+    """The rehearsal of a run, with the optimizer's state in place."""
+    config = configs.settle(values)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with capped(device, None):
+        policy = load_policy(config.model, adapter=config.adapter)
+        optimizer = build_optimizer(policy.trained().values(), config.optim)
+        ids = [16 + i % 9 for i in range(PROMPT)]
+        asked = [Prompt(Problem(str(n), "", ""), tuple(ids[:n]), n) for n in (PROMPT, PROMPT - 9)]
+        plan = budgets.planned(config, policy, asked[0])
+        assert plan is not None
+        state = State()
+        budgets.settle_pieces(state, config, plan)
+        engine = config.sampler.open(policy, state.wave_tokens)
+        pieces.rehearse(policy, optimizer, asked[0], config, state.pieces)
+        give_back(device)
+        clock = Clock(device)
+        with clock.phase("train"):
+            pieces.rehearse(policy, optimizer, asked[0], config, state.pieces)
+        give_back(device)
+        with clock.phase("sample"):
+            engine.rehearse(asked, num=config.sampling.num_completions, sampling=config.sampling)
+    return clock, plan
+
+
+def measured(values: dict[str, Any], full: bool) -> dict[str, Any]:
+    clean()
+    if full:
+        plan = predict(values, prompt_tokens=PROMPT)
+        reports = our_run(values, [PROMPT, PROMPT - 9])
+        peaks = {name: max(r.peaks.get(name, 0) for r in reports) for name in ("sample", "train")}
+        reserved = max(r.reserved_bytes for r in reports)
+    else:
+        clock, plan = rehearsed(values)
+        peaks, reserved = {"sample": 0, "train": 0} | clock.peaks, clock.reserved
+    clean()
+    return compared(plan, peaks, reserved) | {"measured_by": "two full steps" if full else "rehearsal"}
+
+
+def compared(plan: Plan, peaks: dict[str, int], reserved: int) -> dict[str, Any]:
+    said = {phase.phase: phase.bytes for phase in plan.phases}
+    base, peak = said["weights"], max(peaks["sample"], peaks["train"])
+    return {
+        "weights_gib": base / GIB,
+        "predicted_gib": plan.peak / GIB,
+        "measured_gib": peak / GIB,
+        "ratio": plan.peak / max(peak, 1),
+        "ratio_above": (plan.peak - base) / max(peak - base, 1),
+        "predicted_sample_gib": said["peak while sampling"] / GIB,
+        "measured_sample_gib": peaks["sample"] / GIB,
+        "predicted_train_gib": said["peak while training"] / GIB,
+        "measured_train_gib": peaks["train"] / GIB,
+        "reserved_gib": reserved / GIB,
+        "reserved_ratio": reserved / plan.peak,
+    }
+
+
+def main(out: str, tiny: bool) -> None:
+    rows: list[dict[str, Any]] = []
+    jobs = [(i, row[4] == 128) for i, row in enumerate(GRID)] + [(i, True) for i in FULL_TOO]
+    for i, full in jobs:
+        names = ("model", "adapter", "checkpointing", "group", "completion", "dtype", "micro_rows")
+        rows.append(dict(zip(names, GRID[i], strict=True)) | measured(config_of(GRID[i], tiny), full))
+        write(out, "memory-grid", rows, prompt=PROMPT, prompts=PROMPTS)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], "--tiny" in sys.argv)
