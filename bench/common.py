@@ -89,6 +89,7 @@ def clean() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def prompts(lengths: list[int]) -> list[dict[str, str]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ NEEDS_TORCHAO = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, 
 # micro-batches of four rows.
 RUN: dict[str, Any] = {
     "algorithm": "grpo",
+    "adapter": {"layers": 2, "modules": ["q_proj", "v_proj"]},
     "objective": {"beta": 0.04, "updates": 2},
     "save_every": 1,
     "sampling": {"num_prompts": 2, "num_completions": 4, "max_new_tokens": 12, "temperature": 1.5},
@@ -91,6 +93,15 @@ def assert_same_runs(first: str, second: str) -> None:
     assert states[0] == states[1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collection(begun: Path) -> Any:
+    """Each halving collects garbage; what the libraries hold since the first run need not be looked at each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 # --- the injector ---------------------------------------------------------------------------------------------------
 
 
@@ -133,9 +144,10 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def _watch_parts(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
-    for owner, name, part in ((loop, "_step", "step"), (loop, "_evaluate", "evaluate"), (budgets, "rehearse", "rehearse")):
+    def watch(owner: Any, name: str, part: str) -> None:
+        real = getattr(owner, name)
 
-        def watched(session: Any, state: Any, *rest: Any, real: Any = getattr(owner, name), part: str = part) -> Any:
+        def watched(session: Any, state: Any, *rest: Any) -> Any:
             fault.armed = part == fault.within and (part == "rehearse" or state.step == fault.step)
             try:
                 return real(session, state, *rest)
@@ -144,16 +156,24 @@ def _watch_parts(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
 
         monkeypatch.setattr(owner, name, watched)
 
+    watch(loop, "_step", "step")
+    watch(loop, "_evaluate", "evaluate")
+    watch(budgets, "rehearse", "rehearse")
+
 
 def _watch_policy(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
-    for name in ("prefill", "decode_step", "logprobs"):
+    def watch(name: str) -> None:
+        real = getattr(Policy, name)
 
-        def watched(self: Policy, *args: Any, real: Any = getattr(Policy, name), name: str = name) -> Any:
+        def watched(self: Policy, *args: Any) -> Any:
             found = real(self, *args)
             fault.at(name)
             return found
 
         monkeypatch.setattr(Policy, name, watched)
+
+    for name in ("prefill", "decode_step", "logprobs"):
+        watch(name)
     real_backward = torch.Tensor.backward
 
     def passed_back(self: torch.Tensor, *args: Any, **options: Any) -> None:
@@ -282,7 +302,9 @@ def test_the_run_has_a_wave_two_micro_batches_and_two_updates(faultless: Path, b
 
 
 @pytest.mark.parametrize("name", SAMPLING)
-def test_a_fault_in_sampling_halves_the_waves(name: str, begun: Path, faultless: Path, at_sizes: Any, plant: Any) -> None:
+def test_a_fault_in_sampling_halves_the_waves(
+    name: str, begun: Path, faultless: Path, at_sizes: Any, plant: Any
+) -> None:
     fault = plant(dataclasses.replace(SAMPLING[name]))
     shutil.copytree(begun, "run")
     resumed("run")
@@ -317,7 +339,9 @@ def test_the_pieces_matter_to_the_last_bit(faultless: Path, at_sizes: Any) -> No
     close(tensors(faultless, 2), other, atol=1e-4)
 
 
-@pytest.mark.parametrize("fault", [SAMPLING["the second token"], TRAINING["the forward"]], ids=["waves", "micro-batches"])
+@pytest.mark.parametrize(
+    "fault", [SAMPLING["the second token"], TRAINING["the forward"]], ids=["waves", "micro-batches"]
+)
 def test_what_fits_is_remembered_across_a_stop(fault: Fault, begun: Path, plant: Any) -> None:
     fault = plant(dataclasses.replace(fault))
     shutil.copytree(begun, "run")
@@ -350,15 +374,15 @@ def test_a_fault_in_the_first_step_of_a_run(plant: Any) -> None:
 
 SMALL = 4 * 20, 2 * 19, False  # the four completions of a prompt, two to a micro-batch
 OPTIMIZERS = [
-    pytest.param(adapter, dtype, name, marks=NEEDS_TORCHAO if name == "adamw-8bit" else [])
-    for adapter, dtype in (("lora", "fp32"), ("none", "bf16"))
+    pytest.param(adapter, dtype, name, step, marks=NEEDS_TORCHAO if name == "adamw-8bit" else [])
+    for adapter, dtype, steps in ((RUN["adapter"], "fp32", (1,)), ("none", "bf16", (0, 1)))
     for name in ("adamw", "adamw-8bit", "adamw-cpu")
+    for step in steps
 ]
 
 
-@pytest.mark.parametrize(("adapter", "dtype", "name"), OPTIMIZERS)
-@pytest.mark.parametrize("step", [0, 1])
-def test_every_optimizer_is_put_back(adapter: str, dtype: str, name: str, step: int, plant: Any) -> None:
+@pytest.mark.parametrize(("adapter", "dtype", "name", "step"), OPTIMIZERS)
+def test_every_optimizer_is_put_back(adapter: Any, dtype: str, name: str, step: int, plant: Any) -> None:
     """Its state as it was, or gone where there was none; rounding by chance draws the same numbers again."""
     both: dict[str, Any] = {
         "adapter": adapter,
@@ -386,58 +410,71 @@ def test_every_optimizer_is_put_back(adapter: str, dtype: str, name: str, step: 
 
 # --- the rehearsal and the evaluations ------------------------------------------------------------------------------
 
+# An adapter so small that the plan trains two rows at once within what sampling takes.
+REHEARSING: dict[str, Any] = {
+    "adapter": {"layers": 1, "modules": ["q_proj", "v_proj"]},
+    "sampling": {"num_completions": 8},
+    "execution": {"wave_tokens": 16 * 20, "micro_batch_tokens": 2 * 19},
+}
 REHEARSED = {
-    "sampling": Fault("decode_step", within="rehearse"),
+    "the prompts": Fault("prefill", within="rehearse"),
+    "the last token": Fault("decode_step", within="rehearse"),
     "the forward": Fault("logprobs", within="rehearse"),
-    "backward": Fault("backward", within="rehearse"),
     "inside backward": Fault("inside backward", within="rehearse"),
+    "behind backward": Fault("backward", within="rehearse"),
     "before the optimizer's step": Fault("before the optimizer's step", within="rehearse"),
     "inside the optimizer's step": Fault("inside the optimizer's step", within="rehearse"),
     "behind the optimizer's step": Fault("behind the optimizer's step", within="rehearse"),
 }
 
 
+@pytest.fixture(scope="module")
+def rehearsed_at(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run of a step that has given sizes from the start and no budget, so no rehearsal; its folder."""
+    made: dict[Any, str] = {}
+
+    def ran(wave: int, micro: int, on: bool) -> str:
+        if (wave, micro) not in made:
+            folder = made[wave, micro] = str(tmp_path_factory.mktemp("rehearsed") / "run")
+            execution = {"wave_tokens": wave, "micro_batch_tokens": micro, "checkpointing": on}
+            run(out=folder, steps=1, **{**REHEARSING, "execution": execution})
+        return made[wave, micro]
+
+    return ran
+
+
 @pytest.mark.parametrize("name", REHEARSED)
-def test_a_fault_in_the_rehearsal_leaves_no_trace_but_smaller_pieces(name: str, plant: Any) -> None:
+def test_a_fault_in_the_rehearsal_leaves_no_trace_but_smaller_pieces(name: str, rehearsed_at: Any, plant: Any) -> None:
     """What comes after it is the run that has these sizes from the start."""
     fault = plant(dataclasses.replace(REHEARSED[name]))
-    run(steps=1, memory="1GiB", execution=WITHIN)
+    run(steps=1, memory="1GiB", **REHEARSING)
     assert fault.hits == 1
-    [line] = metrics("run")
-    wave, micro, _ = planned = settled(memory="1GiB", execution=WITHIN)
-    assert sizes(line) == ((wave // 2, micro, False) if name == "sampling" else (wave, micro // 2, False))
-    _run_at(sizes(line), planned, steps=1)
-    assert metrics("run") == metrics("other")
-    assert_same_tensors(tensors("run", 1), tensors("other", 1))
+    found = sizes(metrics("run")[0])
+    sampling = fault.place in ("prefill", "decode_step")
+    assert found == ((8 * 20, 2 * 19, False) if sampling else (16 * 20, 19, False))
+    other = rehearsed_at(*found)
+    assert_same_tensors(tensors("run", 1), tensors(other, 1))
+    assert metrics("run") == metrics(other)
 
 
 @pytest.mark.parametrize(
     ("adapter", "dtype", "name"),
     [
-        ("lora", "fp32", "adamw"),
+        (REHEARSING["adapter"], "fp32", "adamw"),
         ("none", "bf16", "adamw"),
         pytest.param("none", "bf16", "adamw-8bit", marks=NEEDS_TORCHAO),
         ("none", "bf16", "adamw-cpu"),
     ],
+    ids=str,
 )
-def test_a_rehearsal_changes_nothing(adapter: str, dtype: str, name: str, plant: Any) -> None:
+def test_a_rehearsal_changes_nothing(adapter: Any, dtype: str, name: str, plant: Any) -> None:
     """A run with a budget rehearses on any device; one with the same pieces and no budget does not on the CPU."""
-    both: dict[str, Any] = {
-        "adapter": {**ADAPTER, "name": "lora"} if adapter == "lora" else "none",
-        "model": {"dtype": dtype},
-        "optim": {"name": name},
-        "objective": {"beta": 0.0},
-        "execution": WITHIN,
-    }
+    both = {**REHEARSING, "adapter": adapter, "model": {"dtype": dtype}, "optim": {"name": name}, "steps": 2}
+    both["objective"] = {"beta": 0.0}
     seen = plant(Fault("backward", (), within="rehearse"))
-    run(steps=2, memory="1GiB", **both)
-    assert seen.calls == 1
+    run(memory="1GiB", **both)
     wave, micro, on = sizes(metrics("run")[0])
-    run(
-        out="other",
-        steps=2,
-        **{**both, "execution": {"wave_tokens": wave, "micro_batch_tokens": micro, "checkpointing": on}},
-    )
+    run(out="other", **{**both, "execution": {"wave_tokens": wave, "micro_batch_tokens": micro, "checkpointing": on}})
     assert seen.calls == 1
     assert metrics("run") == metrics("other")
     assert_same_tensors(tensors("run", 2), tensors("other", 2))
@@ -475,23 +512,187 @@ SMALLEST = {
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_the_smallest_piece_that_does_not_fit_ends_the_run_with_a_checkpoint(
-    name: str, begun: Path, faultless: Path, plant: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, begun: Path, faultless: Path, plant: Any
 ) -> None:
-    """The weights in it are those before the step, and it can be gone on from as if nothing had been."""
-    run(steps=1, save_every=0)
-    shutil.rmtree("run/checkpoints/step-1")  # so that it is the error that saves it
-    shutil.copytree(begun / "checkpoints/step-1", "run/checkpoints/step-1")
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", _into("run/after", checkpoint.save))
-        fault = plant(dataclasses.replace(SMALLEST[name]))
-        with pytest.raises(OutOfMemory, match="smaller|lower"):
-            resumed("run")
-    assert fault.hits >= 3
-    assert_same_tensors(tensors("run/after", 1), tensors(begun, 1))
+    """In it are the weights before the step, and the run goes on from it as if nothing had been."""
+    fault = plant(dataclasses.replace(SMALLEST[name]))
+    with pytest.raises(OutOfMemory) as told:
+        run(steps=2, save_every=0)  # so that it is the error that has it saved
+    assert all((told.value.given, told.value.why, told.value.write))
+    assert fault.hits >= 3  # the whole, a half, a quarter
+    assert_same_tensors(tensors("run", 1), tensors(begun, 1))
     fault.numbers = ()
     resumed("run")
     assert_same_tensors(tensors("run", 2), tensors(faultless, 2))
 
 
-def _into(folder: str, real: Any) -> Any:
-    return lambda _, *rest: real(Path(folder), *rest)
+def test_half_a_step_is_never_saved(plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where weights are too many to be copied, an error inside the optimizer's step leaves some of them changed."""
+    monkeypatch.setattr(pieces, "_COPIED", 0)
+    run(steps=1, out="one")
+    plant(Fault("inside the optimizer's step", None, step=1))
+    with pytest.raises(OutOfMemory, match="last checkpoint"):
+        run(steps=2, save_every=0)
+    if checkpoint.latest(Path("run")) is not None:
+        assert_same_tensors(tensors("run", 1), tensors("one", 1))
+
+
+def test_in_the_first_step_there_is_nothing_to_save_and_the_same_command_works_later(plant: Any) -> None:
+    fault = plant(Fault("logprobs", None, step=0))
+    with pytest.raises(OutOfMemory):
+        run(steps=1)
+    assert not Path("run").exists()
+    fault.numbers = ()
+    run(steps=1)
+
+
+@pytest.mark.parametrize("place", ["logprobs", "decode_step"])
+def test_the_command_line_tells_it_and_ends_with_2(
+    place: str, plant: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(Fault(place, None, step=0))
+    arguments = ["sampling.num_prompts=2", "sampling.max_new_tokens=12", "sampling.temperature=1.5", "out=run"]
+    functions = 'rewards.functions=["test_recovery:varied"]'
+    monkeypatch.setattr(sys, "argv", ["shoestring", "train", "--quiet", "steps=1", functions, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("OutOfMemory: memory ran out while ")
+    assert "Traceback" not in said.err
+    assert said.out == ""
+
+
+# --- recomputing layers as the last resort --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Once "on", training fits only while layers are recomputed; "tokens" are those of the passes that fitted then."""
+    found: dict[str, Any] = {"on": False, "tokens": []}
+    real = Policy.logprobs
+
+    def logprobs(self: Policy, batch: Any, temperature: float = 1.0) -> torch.Tensor:
+        if found["on"] and torch.is_grad_enabled():
+            if not self.base.model.layers[-1].gradient_checkpointing:
+                raise torch.OutOfMemoryError("planted")
+            found["tokens"].append(batch.input_ids.numel())
+        return real(self, batch, temperature)
+
+    monkeypatch.setattr(Policy, "logprobs", logprobs)
+    return found
+
+
+def test_layers_are_recomputed_where_a_single_row_does_not_fit(narrow: dict[str, Any]) -> None:
+    """And micro-batches are as large as before, if they fit then."""
+    narrow["on"] = True
+    run(steps=1, execution={"checkpointing": "auto"})
+    assert sizes(metrics("run")[0]) == (160, 76, True)
+    assert json.loads(Path("run/checkpoints/step-1/state.json").read_text())["pieces"]["checkpointing"]
+    narrow["on"] = False
+    run(steps=1, out="other", execution={"checkpointing": True})
+    assert metrics("run") == metrics("other")
+    assert_same_tensors(tensors("run", 1), tensors("other", 1))
+
+
+def test_layers_are_never_recomputed_where_the_setting_forbids_it(narrow: dict[str, Any]) -> None:
+    narrow["on"] = True
+    with pytest.raises(OutOfMemory, match=r"execution\.checkpointing = true"):
+        run(steps=1, execution={"checkpointing": False})
+    assert narrow["tokens"] == []
+
+
+@pytest.mark.parametrize(("before", "after"), [(False, "auto"), ("auto", False)])
+def test_a_resumed_run_recomputes_layers_if_its_new_setting_says_so(
+    before: Any, after: Any, narrow: dict[str, Any]
+) -> None:
+    run(steps=1, execution={"checkpointing": before})
+    narrow["on"] = True
+    again = {"steps": 2, "execution": {"checkpointing": after}}
+    if after == "auto":
+        train(again, resume="run", rewards=[varied], quiet=True)
+        assert metrics("run")[1]["checkpointing"]
+    else:
+        with pytest.raises(OutOfMemory):
+            train(again, resume="run", rewards=[varied], quiet=True)
+
+
+# --- every budget, one gradient -------------------------------------------------------------------------------------
+
+BUDGETED: dict[str, Any] = {
+    "adapter": {"rank": 4, "layers": 2},
+    "sampling": {"num_prompts": 3, "num_completions": 8, "max_new_tokens": 12, "temperature": 1.5},
+    "objective": {"beta": 0.04},
+    "execution": {"device": "cpu"},
+}
+
+
+def plans(lengths: int) -> list[Any]:
+    """Those of six budgets, from the least to one in which all fits, and of none."""
+    least, most = (predict({**BUDGETED, **m}, prompt_tokens=lengths) for m in ({"memory": "1MiB"}, {"memory": "1GiB"}))
+    chosen = [least.smallest + (most.peak - least.smallest) * i // 5 for i in range(6)]
+    found = [predict({**BUDGETED, "memory": f"{size}B"}, prompt_tokens=lengths) for size in chosen]
+    return [*found, predict(BUDGETED, prompt_tokens=lengths)]
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    adapter = settle(BUDGETED).adapter
+    policy = load_policy(ModelSettings(), adapter=adapter, device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in policy.trained().items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return policy
+
+
+PROMPTS = [prompt(length, seed=length) for length in (6, 9, 7)]
+
+
+def test_every_budget_gives_the_same_gradient(policy: Policy) -> None:
+    """From the same completions and credits, to 1e-5, in the micro-batches of each plan."""
+    settled = settle(BUDGETED)
+    groups, credits = _step_of(policy, settled)
+    objective = Objective(beta=0.04, clip_low=0.2, clip_high=0.2, updates=1, l2=0.0)
+
+    def gradient(max_tokens: int, on: bool) -> tuple[dict[str, torch.Tensor], int]:
+        batches = collate(groups, credits, beta=0.04, max_tokens=max_tokens)
+        old: list[Any] = [None] * len(batches)
+        for parameter in policy.trained().values():
+            parameter.grad = None
+        for index in range(len(batches)):
+            backward(policy, batches, index, old, objective, 1.5, on)
+        return gradients(policy), len(batches)
+
+    whole, one = gradient(10**6, False)
+    assert one == 1
+    assert max(float(value.abs().max()) for value in whole.values()) > 1e-2
+    tried = {(plan.micro_batch, plan.sizes.checkpointing) for plan in plans(9)}
+    assert len(tried) >= 4
+    for micro, on in sorted(tried):
+        close(gradient(micro, on)[0], whole, atol=1e-5)
+
+
+def _step_of(policy: Policy, settled: Any) -> tuple[list[Group], list[Credit]]:
+    from shoestring.types import Score
+
+    found = SAMPLERS["hf"]().open(policy).sample(PROMPTS, num=8, sampling=settled.sampling, seed=3)
+    groups = [
+        Group(p, completions, tuple(Score(float(sum(c.token_ids) % 5), {}) for c in completions))
+        for p, completions in zip(PROMPTS, found, strict=True)
+    ]
+    return groups, [settled.algorithm.credit(group, torch.Generator().manual_seed(0)) for group in groups]
+
+
+def test_every_budget_samples_the_same_tokens(policy: Policy) -> None:
+    sampling = Sampling(max_new_tokens=12, temperature=1.5)
+    waves = {plan.wave_tokens for plan in plans(9)} | {25, 60}
+    assert len(waves) >= 5
+
+    def tokens(wave: int | None) -> list[Any]:
+        found = SAMPLERS["hf"]().open(policy, wave).sample(PROMPTS, num=8, sampling=sampling, seed=3)
+        return [[completion.token_ids for completion in group] for group in found]
+
+    whole = tokens(None)
+    assert all(tokens(wave) == whole for wave in waves)

@@ -23,8 +23,8 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 NF4_TABLES = 2**12
 # cuBLAS' and cuBLASLt's workspaces on a card of compute capability 9; smaller ones on older cards.
 WORKSPACE = 32 * 2**20 + 8_519_680
-# The fp32 and fp64 numbers that a draw makes of each logit.
-DRAW_BYTES = 24
+# What a draw takes for each logit: fp32 and fp64 numbers, as measured.
+DRAW_BYTES = 36
 CONTEXT = 500 * 2**20
 """About what the CUDA context and loaded kernels take of a card, outside every budget."""
 
