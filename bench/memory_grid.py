@@ -1,10 +1,10 @@
 """Predicted against measured memory, on a grid of configurations: bench/results/memory-grid.json.
 
-    python bench/memory_grid.py OUT [--tiny]
+    python bench/memory_grid.py OUT [--tiny] [--rows 2,3]
 
 Each row is measured on the real code path with a real model: short completions by two full steps, long ones by the
 rehearsal that every run begins with (longest prompt, keys and values of full-length completions in place, a full
-micro-batch forward and backward, optimizer state in place), and two of those by full steps as well. Prompts differ in
+micro-batch forward and backward, optimizer state in place), and one of those by full steps as well. Prompts differ in
 length. `above` is what lies above the weights.
 """
 
@@ -50,7 +50,7 @@ GRID = [
     ("qwen2-1.5b", ALL, True, 8, 1024, "nf4", 2),
     ("qwen2-1.5b", THIRD, False, 16, 1024, "nf4", 2),
 ]
-FULL_TOO = (4, 14)  # long ones that are measured by full steps as well
+FULL_TOO = (4,)  # a long one that is measured by full steps as well
 PROMPT, PROMPTS = 128, 2
 
 
@@ -134,9 +134,10 @@ def compared(plan: Plan, peaks: dict[str, int], reserved: int) -> dict[str, Any]
     }
 
 
-def main(out: str, tiny: bool) -> None:
+def main(out: str, tiny: bool, chosen: set[int]) -> None:
     rows: list[dict[str, Any]] = []
     jobs = [(i, row[4] == 128) for i, row in enumerate(GRID)] + [(i, True) for i in FULL_TOO]
+    jobs = [(i, full) for i, full in jobs if i in chosen or not chosen]
     for i, full in jobs:
         names = ("model", "adapter", "checkpointing", "group", "completion", "dtype", "micro_rows")
         rows.append(dict(zip(names, GRID[i], strict=True)) | measured(config_of(GRID[i], tiny), full))
@@ -144,4 +145,6 @@ def main(out: str, tiny: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "--tiny" in sys.argv)
+    words = sys.argv[1:]
+    numbers = words[words.index("--rows") + 1].split(",") if "--rows" in words else []
+    main(words[0], "--tiny" in words, set(map(int, numbers)))

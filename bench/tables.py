@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "memory.md")
 _BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -77,7 +77,80 @@ def svamp_first() -> str:
     return table([*headings, "peak GiB", "seconds"], rows)
 
 
-TABLES = {"demo-compare": demo_compare, "svamp-first": svamp_first}
+def where(found: dict[str, Any]) -> str:
+    versions = found["versions"]
+    return f"{found['device']}, torch {versions['torch']}, transformers {versions['transformers']}, {found['date']}"
+
+
+def memory_grid() -> str:
+    found = result("memory-grid")
+    rows = [
+        [
+            f"{r['model']} {r['dtype']}",
+            r["adapter"],
+            "on" if r["checkpointing"] else "off",
+            str(r["group"]),
+            str(r["completion"]),
+            f"{r['predicted_gib']:.2f}",
+            f"{r['measured_gib']:.2f}",
+            f"{r['ratio'] - 1:+.1%}",
+            f"{r['ratio_above'] - 1:+.1%}",
+            f"{r['reserved_gib']:.2f} ({r['reserved_ratio'] - 1:+.1%})",
+        ]
+        for r in found["rows"]
+    ]
+    headings = ["model", "LoRA on", "checkpointing", "group", "completion", "predicted GiB", "measured GiB", "off by"]
+    note = f"\nTwo prompts of up to {found['prompt']} tokens, rank 16. {where(found)}.\n"
+    return table([*headings, "above the weights", "reserved GiB (to predicted)"], rows) + note
+
+
+def on_paper() -> str:
+    found = result("on-paper")
+    rows = [
+        [
+            r["setting"],
+            f"{r['predicted_gib']:.2f}",
+            f"{r['peak_allocated_gib']:.2f}",
+            f"{r['peak_reserved_gib']:.2f}",
+            str(r["waves"]),
+            f"{r['step_s']:.0f}",
+        ]
+        for r in found["rows"]
+    ]
+    note = (
+        f"\nOne prompt of 256 tokens, 8 completions of 512, LoRA r=16 on q and v of the last third. {where(found)}.\n"
+    )
+    return table(["run", "predicted GiB", "allocated GiB", "reserved GiB", "waves", "seconds a step"], rows) + note
+
+
+def w1() -> str:
+    found = result("w1")
+    rows = [
+        [
+            f"{r['system']}, {r['setting']}",
+            f"{r['peak_allocated_gib']:.2f}",
+            f"{r['peak_sample_gib']:.2f}",
+            f"{r['peak_train_gib']:.2f}" if "peak_train_gib" in r else "",
+            f"{r['peak_reserved_gib']:.2f}",
+            f"{r['step_s']:.1f}",
+            f"{r['sample_s']:.1f}",
+            f"{r['train_s']:.2f}",
+            str(r["runs"]) if r.get("warm", True) else "1, cold",
+        ]
+        for r in found["rows"]
+        if r.get("completed", True)
+    ]
+    headings = ["system", "allocated GiB", "while sampling", "while training", "reserved GiB", "step s", "sampling s"]
+    return table([*headings, "training s", "steps"], rows) + f"\n{where(found)}. {found.get('note', '')}\n"
+
+
+TABLES = {
+    "demo-compare": demo_compare,
+    "svamp-first": svamp_first,
+    "memory-grid": memory_grid,
+    "on-paper": on_paper,
+    "w1": w1,
+}
 
 
 def filled(text: str) -> str:

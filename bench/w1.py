@@ -24,7 +24,7 @@ from shoestring.errors import ShoestringError
 # setting, what differs, warm steps
 OURS: list[tuple[str, dict[str, Any], int]] = [("no budget", {}, 5)]
 BUDGETS: list[tuple[str, dict[str, Any], int]] = [
-    ("memory 3.6GiB", {"memory": "3.6GiB"}, 1),
+    ("memory 3.6GiB", {"memory": "3.6GiB"}, 0),
     ("nf4, memory 1.9GiB", {"memory": "1.9GiB", "dtype": "nf4"}, 0),
     ("memory 3.1GiB", {"memory": "3.1GiB"}, 0),
     ("nf4, memory 1.35GiB", {"memory": "1.35GiB", "dtype": "nf4"}, 0),
@@ -173,8 +173,9 @@ def main(out: str, tiny: bool, only: str) -> None:
         rows.append(line)
         write(out, "w1", rows)
 
-    if only in ("", "ours"):
+    if only in ("", "ours", "budgets"):
         for setting, more, warm in OURS:
+            warm = 1 if only == "budgets" else warm
             add(ours(setting, more, warm, tiny))
     if only in ("", "trl"):
         add(trl("defaults (checkpointing on)", True, 5, tiny))

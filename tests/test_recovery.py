@@ -282,7 +282,6 @@ TRAINING = {
     "the forward of the second micro-batch": Fault("logprobs", (4,)),
     "the forward of the second update": Fault("logprobs", (6,)),
     "inside backward": Fault("inside backward"),
-    "behind backward of the second micro-batch": Fault("backward", (2,)),
     "behind backward of the second update": Fault("backward", (3,)),
     "before the optimizer's step": Fault("before the optimizer's step"),
     "inside the optimizer's step": Fault("inside the optimizer's step"),
@@ -421,8 +420,6 @@ REHEARSED = {
     "the last token": Fault("decode_step", within="rehearse"),
     "the forward": Fault("logprobs", within="rehearse"),
     "inside backward": Fault("inside backward", within="rehearse"),
-    "behind backward": Fault("backward", within="rehearse"),
-    "before the optimizer's step": Fault("before the optimizer's step", within="rehearse"),
     "inside the optimizer's step": Fault("inside the optimizer's step", within="rehearse"),
     "behind the optimizer's step": Fault("behind the optimizer's step", within="rehearse"),
 }
@@ -469,15 +466,16 @@ def test_a_fault_in_the_rehearsal_leaves_no_trace_but_smaller_pieces(name: str, 
 )
 def test_a_rehearsal_changes_nothing(adapter: Any, dtype: str, name: str, plant: Any) -> None:
     """A run with a budget rehearses on any device; one with the same pieces and no budget does not on the CPU."""
-    both = {**REHEARSING, "adapter": adapter, "model": {"dtype": dtype}, "optim": {"name": name}, "steps": 2}
-    both["objective"] = {"beta": 0.0}
+    both = {**REHEARSING, "adapter": adapter, "model": {"dtype": dtype}, "optim": {"name": name}}
+    both |= {"objective": {"beta": 0.0, "updates": 1}, "steps": 1} if adapter == "none" else {"steps": 2}
     seen = plant(Fault("backward", (), within="rehearse"))
     run(memory="1GiB", **both)
     wave, micro, on = sizes(metrics("run")[0])
     run(out="other", **{**both, "execution": {"wave_tokens": wave, "micro_batch_tokens": micro, "checkpointing": on}})
     assert seen.calls == 1
     assert metrics("run") == metrics("other")
-    assert_same_tensors(tensors("run", 2), tensors("other", 2))
+    for file in Path("run/checkpoints").rglob("*.safetensors"):
+        assert_same_tensors(load_file(file), load_file(Path("other", *file.parts[1:])))
 
 
 def evaluations(folder: str) -> list[dict[str, Any]]:
@@ -487,13 +485,13 @@ def evaluations(folder: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("step", [0, 1])
 def test_a_fault_in_an_evaluation_changes_none_of_its_figures(step: int, plant: Any) -> None:
     """What follows, a step or a resumed run, goes on in the smaller waves."""
-    evaluated = {"eval_every": 1, "evaluation": {"num": 8}, "steps": 1}
+    evaluated = {"eval_every": 1, "evaluation": {"num": 8}, "steps": 1, "objective": {"beta": 0.0, "updates": 1}}
     run(out="whole", **evaluated)
     fault = plant(Fault("decode_step", (3,), within="evaluate", step=step))
     run(**evaluated)
     assert fault.hits == 1
     assert evaluations("run") == evaluations("whole")
-    resumed("run")
+    train({"steps": 2}, resume="run", rewards=[varied], quiet=True)
     waves = [line["wave_tokens"] for line in metrics("run")]
     assert waves[1] <= 80
     assert waves[0] == (160 if step else waves[1])
@@ -505,7 +503,6 @@ SMALLEST = {
     "sampling": Fault("decode_step", None),
     "the prompts": Fault("prefill", None),
     "the forward": Fault("logprobs", None),
-    "behind backward": Fault("backward", None),
     "inside the optimizer's step": Fault("inside the optimizer's step", None),
 }
 
@@ -687,7 +684,7 @@ def _step_of(policy: Policy, settled: Any) -> tuple[list[Group], list[Credit]]:
 
 def test_every_budget_samples_the_same_tokens(policy: Policy) -> None:
     sampling = Sampling(max_new_tokens=12, temperature=1.5)
-    waves = {plan.wave_tokens for plan in plans(9)} | {25, 60}
+    waves = {plan.wave_tokens for plan in plans(9)} | {45}
     assert len(waves) >= 5
 
     def tokens(wave: int | None) -> list[Any]:

@@ -316,7 +316,9 @@ def _print_plan(config: RunConfig, plan: Plan) -> None:
         table.add_column(heading, justify="right" if heading == "bytes" else "left")
     for phase in plan.phases:
         note = "outside the budget" if phase.phase == "context" else ""
-        table.add_row(phase.phase, f"{phase.bytes:,}", note or size_text(phase.bytes), end_section=phase.phase == "head")
+        table.add_row(
+            phase.phase, f"{phase.bytes:,}", note or size_text(phase.bytes), end_section=phase.phase == "head"
+        )
     console.print(table)
     budget = f" of a budget of {size_text(plan.budget)}" if plan.budget is not None else ""
     fits = "" if plan.fits else f" It does not fit: this run needs {size_text(plan.smallest)} at least."

@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Elements of a logits tile (32 MiB in fp32), and its rows at most. On an H100 half of it takes twice the time, and twice
-# of it three quarters: more launches, or more memory. Logits of at most 2^20 elements are kept for the
-# backward pass: that takes the memory of a tile, and less time.
+# Elements of a logits tile (32 MiB in fp32), and its rows at most. On an H100 half of it takes twice the time, since
+# launches dominate; twice of it three quarters. Logits of at most 2^20 elements are kept for the backward pass: that
+# takes the memory of a tile, and less time.
 _TILE = 2**23
 _ROWS = 1024
 _KEPT = 2**20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -39,7 +40,7 @@ def parse_size(text: str) -> int | float:
     number, unit = float(found[1]), found[2].lower()
     if unit != "%" and unit not in _UNITS:
         raise ConfigError(given, f'"{found[2]}" is no unit of memory', _HOW)
-    if number == 0:
+    if number == 0 or (unit != "%" and number * _UNITS[unit] < 1):
         raise ConfigError(given, "a budget is more than nothing", _HOW)
     if unit != "%":
         return int(number * _UNITS[unit])
@@ -141,15 +142,19 @@ def capped(device: torch.device, budget: int | None) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with warnings.catch_warnings():  # torch 2.11 has another name for it, which is not public either
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     torch.cuda.empty_cache()
-    if budget is not None:
-        torch.cuda.set_per_process_memory_fraction(min(budget / total_bytes(device), 1.0), device)
+    if budget is None:
+        yield
+        return
+    torch.cuda.set_per_process_memory_fraction(min(budget / total_bytes(device), 1.0), index)
     try:
         yield
     finally:
-        if budget is not None:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def give_back(device: torch.device) -> None:

@@ -24,6 +24,7 @@ from shoestring.tasks.base import plain_text
 # Without checkpointing, micro-batches of so many tokens keep a card busy; with fewer, recomputing layers costs less.
 _ENOUGH_TOKENS = 2_048
 _MOST_TOKENS = 16_384
+_ERROR = 2**24
 # What a host does not miss beside the weights: there, training may take so much even where sampling needs less.
 _HOST_FLOOR = 128 * 2**20
 # Prompt tokens where neither the setting nor the data tells.
@@ -196,12 +197,15 @@ def _planned(config: RunConfig, work: Work, budget: int | None, room: int | None
 
 
 def _peak(work: Work, sizes: Sizes) -> int:
-    tokens = sizes.micro_rows * work.row_tokens
     return max(
         footprint.sample_peak(work, sizes.wave_rows),
-        footprint.train_peak(work, tokens, sizes.checkpointing),
-        footprint.score_peak(work, tokens),
+        _train_peak(work, sizes),
+        footprint.score_peak(work, sizes.micro_rows * work.row_tokens),
     )
+
+
+def _train_peak(work: Work, sizes: Sizes) -> int:
+    return footprint.train_peak(work, sizes.micro_rows * work.row_tokens, sizes.checkpointing)
 
 
 def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None) -> Sizes:
@@ -214,7 +218,8 @@ def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None)
         return most is None or footprint.sample_peak(work, rows) <= most
 
     wave_rows = _evenly(work.rows, _largest(samples, min(wave_limit, work.rows)))
-    allowed: int | None = footprint.sample_peak(work, wave_rows)
+    # What sampling takes for certain, prompts of one length or not, less what a prediction may err by.
+    allowed: int | None = footprint.sample_peak(replace(work, padded=False), wave_rows) - _ERROR * work.gpu
     if budget is None and not work.gpu:
         allowed = max(allowed, footprint.static(work) + _HOST_FLOOR)
     if execution.micro_batch_tokens:
@@ -233,10 +238,12 @@ def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None)
 
     if execution.checkpointing != "auto":
         return Sizes(wave_rows, micro(execution.checkpointing), execution.checkpointing)
-    plain, recomputed = micro(False), micro(True)
-    enough = plain * work.row_tokens >= _ENOUGH_TOKENS or plain >= min(recomputed, micro_limit)
-    overflows = allowed is not None and footprint.train_peak(work, plain * work.row_tokens, False) > allowed
-    return Sizes(wave_rows, plain, False) if enough and not overflows else Sizes(wave_rows, recomputed, True)
+    plain, recomputed = (Sizes(wave_rows, micro(choice), choice) for choice in (False, True))
+    if allowed is not None and _train_peak(work, recomputed) > allowed:  # neither fits beside sampling
+        return min(plain, recomputed, key=lambda sizes: _train_peak(work, sizes))
+    enough = plain.micro_rows * work.row_tokens >= _ENOUGH_TOKENS or plain.micro_rows >= recomputed.micro_rows
+    fits = allowed is None or _train_peak(work, plain) <= allowed
+    return plain if enough and fits else recomputed
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
@@ -318,8 +325,11 @@ def _changes(config: RunConfig, work: Work, sizes: Sizes) -> Iterator[tuple[str,
     if not work.nf4 and not work.trained.whole:
         yield 'model.dtype = "nf4"', of("model.dtype=nf4"), sizes
     third = work.shape.layers - max(work.shape.layers // 3, 1)
-    if not work.trained.whole and work.trained.first_layer < third and hasattr(config.adapter, "layers"):
+    kept = footprint.kept_layers(work)
+    if hasattr(config.adapter, "layers") and work.trained.first_layer < third:
         yield 'adapter.layers = "last-third"', of("adapter.layers=last-third"), sizes
+    elif hasattr(config.adapter, "layers") and kept > 1:
+        yield f"adapter.layers = {kept // 2}", of(f"adapter.layers={kept // 2}"), sizes
     if work.trained.whole:
         yield 'adapter.name = "lora"', of("adapter.name=lora"), sizes
         if config.optim.name == "adamw":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from shoestring.memory import shrinking
+from shoestring.memory import OutOfMemory, is_out_of_memory, shrinking
 from shoestring.samplers.base import Sampling
 from shoestring.samplers.draw import draw, noise
 from shoestring.settings import Settings
@@ -75,7 +75,16 @@ class HfEngine:
         everything = sum(_slots(prompts[p], sampling) for p, _ in places)
         least = max(_slots(prompts[p], sampling) for p, _ in places)
         asked = min(self.wave_tokens or everything, _padded(prompts, places, sampling))
-        found, fitted = shrinking(attempt, max(asked, least), least)
+        try:
+            found, fitted = shrinking(attempt, max(asked, least), least)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"memory ran out while sampling one completion of {least} tokens, its prompt included",
+                "there is no smaller piece of a step",
+                'lower sampling.max_new_tokens, set model.dtype = "nf4", or give more memory',
+            ) from None
         if fitted < max(asked, least):
             self.wave_tokens = fitted
         return found
