@@ -1,6 +1,7 @@
 """Predicted against measured memory, on a grid of configurations: bench/results/memory-grid.json.
 
     python bench/memory_grid.py OUT [--tiny] [--rows 2,3]
+    python bench/memory_grid.py --again FILE        predicts anew what FILE has measured
 
 Each row is measured on the real code path with a real model: short completions by two full steps, long ones by the
 rehearsal that every run begins with (longest prompt, keys and values of full-length completions in place, a full
@@ -10,13 +11,16 @@ length. `above` is what lies above the weights.
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import GIB, clean, our_run, random_model, write
+from common import GIB, SHAPES, clean, our_run, random_model, write
 
-from shoestring import budgets, pieces
+from shoestring import budgets, footprint, pieces
 from shoestring import config as configs
 from shoestring.checkpoint import State
 from shoestring.clock import Clock
@@ -54,11 +58,11 @@ FULL_TOO = (4,)  # a long one that is measured by full steps as well
 PROMPT, PROMPTS = 128, 2
 
 
-def config_of(row: tuple[Any, ...], tiny: bool) -> dict[str, Any]:
-    model, adapter, checkpointing, group, completion, dtype, micro_rows = row
+def config_of(row: tuple[Any, ...], model: str, tiny: bool = False) -> dict[str, Any]:
+    _, adapter, checkpointing, group, completion, dtype, micro_rows = row
     completion = completion // 16 if tiny else completion
     return {
-        "model": {"name": str(random_model("tiny" if tiny else model)), "dtype": dtype},
+        "model": {"name": model, "dtype": dtype},
         "algorithm": {"name": "grpo"},
         "adapter": {"rank": 16, **ADAPTERS[adapter]},
         "sampling": {
@@ -134,17 +138,45 @@ def compared(plan: Plan, peaks: dict[str, int], reserved: int) -> dict[str, Any]
     }
 
 
+def said_again(found: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same file with the predictions of today's formulas, made on any machine; `folder` takes config files."""
+    packs = tuple(map(int, found["versions"]["transformers"].split(".")[:2])) >= (5, 23)
+    footprint._packs_heads = lambda: packs
+    numbers = ("model", "adapter", "checkpointing", "group", "completion", "dtype", "micro_rows")
+    for line in found["rows"]:
+        model = folder / line["model"]
+        model.mkdir(parents=True, exist_ok=True)
+        (model / "config.json").write_text(json.dumps({"model_type": "qwen2", **SHAPES[line["model"]]}))
+        values = config_of(tuple(line[name] for name in numbers), str(model))
+        values["execution"]["device"] = "cuda"
+        plan = predict(values, total=80 * GIB)
+        peaks = {name: int(line[f"measured_{name}_gib"] * GIB) for name in ("sample", "train")}
+        reserved = line["reserved_gib"]
+        line |= compared(plan, peaks, int((reserved or 0) * GIB))
+        if reserved is None:
+            line |= {"reserved_gib": None, "reserved_ratio": None}
+    return found
+
+
 def main(out: str, tiny: bool, chosen: set[int]) -> None:
     rows: list[dict[str, Any]] = []
     jobs = [(i, row[4] == 128) for i, row in enumerate(GRID)] + [(i, True) for i in FULL_TOO]
     jobs = [(i, full) for i, full in jobs if i in chosen or not chosen]
     for i, full in jobs:
         names = ("model", "adapter", "checkpointing", "group", "completion", "dtype", "micro_rows")
-        rows.append(dict(zip(names, GRID[i], strict=True)) | measured(config_of(GRID[i], tiny), full))
+        rows.append(
+            dict(zip(names, GRID[i], strict=True))
+            | measured(config_of(GRID[i], str(random_model("tiny" if tiny else GRID[i][0])), tiny), full)
+        )
         write(out, "memory-grid", rows, prompt=PROMPT, prompts=PROMPTS)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1] == "--again":
+    file = Path(sys.argv[2])
+    with tempfile.TemporaryDirectory() as made:
+        text = json.dumps(said_again(json.loads(file.read_text()), Path(made)), indent=1)
+    file.write_text(text, encoding="utf-8")
+elif __name__ == "__main__":
     words = sys.argv[1:]
     numbers = words[words.index("--rows") + 1].split(",") if "--rows" in words else []
     main(words[0], "--tiny" in words, set(map(int, numbers)))

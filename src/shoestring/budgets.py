@@ -64,7 +64,10 @@ def settle_pieces(state: State, config: RunConfig, plan: Plan | None) -> None:
     if state.planned != planned:
         state.planned = planned
         state.wave_tokens = planned[0]
-        state.pieces = Pieces(micro, on, execution.checkpointing == "auto")
+        state.pieces = Pieces(micro, on)
+    state.pieces.may_checkpoint = execution.checkpointing == "auto"
+    if execution.checkpointing is False:
+        state.pieces.checkpointing = False
 
 
 def rehearse(session: Session, state: State, longest: Prompt) -> None:

@@ -21,10 +21,10 @@ from shoestring.shapes import FAMILIES, Shape
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 # What each 4-bit layer holds beside that: its code tables and their rounding to the allocator's blocks.
 NF4_TABLES = 2**12
-# cuBLAS' and cuBLASLt's workspaces on a card of compute capability 9; smaller ones on older cards.
-WORKSPACE = 32 * 2**20 + 8_519_680
-# What a draw takes for each logit: fp32 and fp64 numbers, as measured.
-DRAW_BYTES = 36
+# cuBLAS' and cuBLASLt's workspaces and what else lies on the card all the time: measured on an H100, less on older cards.
+WORKSPACE = 60 * 2**20
+# The fp32 and fp64 numbers that a draw makes of each logit.
+DRAW_BYTES = 24
 CONTEXT = 500 * 2**20
 """About what the CUDA context and loaded kernels take of a card, outside every budget."""
 
@@ -67,6 +67,8 @@ class Work:
     gpu: bool
     state: float
     """Bytes of optimizer state for each trained parameter."""
+    eager: int = 0
+    """Attention that is written out: bytes that it keeps of each pair of tokens and head."""
     step_temporaries: int = 0
     """Bytes that an optimizer step takes for its while."""
     reference: Literal["none", "adapter", "copy"] = "none"
@@ -126,12 +128,14 @@ def forward_token(work: Work) -> int:
     """Bytes for each token of a forward pass without gradient: the widest place of a layer."""
     shape, e = work.shape, work.itemsize
     wide = 4 if work.trained.modules & {"up_proj", "gate_up_proj"} and not work.trained.whole else 3
-    return wide * e * shape.intermediate + 4 * e * shape.hidden
+    scores = (4 + 2 * e) * shape.heads * work.slots if work.eager else 0
+    return max(wide * e * shape.intermediate, scores) + 4 * e * shape.hidden
 
 
 def prefill_tokens(work: Work, rows: int) -> int:
     """Prompt tokens that are run at once for a wave of `rows`."""
-    distinct = min(work.prompts, max(rows * work.prompts // work.rows, 1))
+    whole, rest = divmod(rows, max(work.rows // work.prompts, 1))
+    distinct = min(work.prompts, whole + 2 * (rest > 0))  # a wave that ends inside a group may also begin inside one
     most = max(rows * work.slots // PREFILL_SHARE, work.prompt)
     return min(distinct, max(most // work.prompt, 1)) * work.prompt
 
@@ -179,28 +183,46 @@ def sample_peak(work: Work, rows: int) -> int:
 
 
 def kept_token(work: Work, adapted: bool = True) -> int:
-    """Bytes that one layer keeps of each token for its backward pass (transformers' code, SDPA attention, no dropout).
+    """Bytes that one layer keeps of each token for its backward pass (transformers' code, no dropout).
 
     Qwen2-1.5B in bf16 with rank 16 on q and v: 76,408.
     """
     shape, trained, e = work.shape, work.trained, work.itemsize
-    family = FAMILIES[shape.family]
-    width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    norms = 4 * shape.hidden * family.norms + 4 * family.norms
+    here = trained.modules if adapted else frozenset()
+    kept = _kept_by_norms(work) + _kept_by_attention(work, out=trained.whole or "o_proj" in here)
+    kept += 3 * e * shape.intermediate
+    if trained.whole or here & {"q_proj", "k_proj", "v_proj", "qkv_proj"}:
+        kept += e * shape.hidden
+    if trained.whole or here & {"gate_proj", "up_proj", "gate_up_proj"}:
+        kept += e * shape.hidden
+    if trained.whole or "down_proj" in here:
+        kept += e * shape.intermediate
+    return kept + e * trained.rank * len(here)
+
+
+def _kept_by_norms(work: Work) -> int:
+    """Each norm keeps its input in fp32 and its scale; and what its weight multiplies, if that is trained."""
+    shape, family = work.shape, FAMILIES[work.shape.family]
+    wide = family.norms * shape.hidden
+    scales = family.norms
     if family.qk_norms != "none":
-        norms += 4 * (width + kv_width)
-    attention = 2 * e * width + 2 * e * kv_width + 4 * shape.heads
-    mlp = 3 * e * shape.intermediate
-    if trained.whole:  # outputs of the norms, for their weights; inputs of q, k, v, of gate and up, and of down
-        return norms + attention + mlp + e * (2 * shape.hidden * 2 + shape.intermediate)
-    inputs = 0
-    if adapted:
-        modules = trained.modules
-        inputs += e * shape.hidden * bool(modules & {"q_proj", "k_proj", "v_proj", "qkv_proj"})
-        inputs += e * shape.hidden * bool(modules & {"gate_proj", "up_proj", "gate_up_proj"})
-        inputs += e * shape.intermediate * ("down_proj" in modules)
-        inputs += e * trained.rank * len(modules)
-    return norms + attention + mlp + inputs
+        wide += (shape.heads + shape.kv_heads) * shape.head_dim
+        scales += shape.heads + shape.kv_heads if family.qk_norms == "head" else 2
+    multiplied = (4 if family.wide_norms else work.itemsize) * work.trained.whole
+    return (4 + multiplied) * wide + 4 * scales
+
+
+def _kept_by_attention(work: Work, out: bool) -> int:
+    """q, k, v and the output, with SDPA; written out, the repeated heads of k and v and the scores of a whole row.
+    `out`: the output is kept for a trained o_proj."""
+    shape, e = work.shape, work.itemsize
+    width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    if work.eager:
+        return 3 * e * width + work.eager * shape.heads * work.row_tokens + e * width * out
+    kept = 2 * e * (width + kv_width) + 4 * shape.heads
+    if FAMILIES[shape.family].fused:  # the fused output stays whole behind its views
+        kept += e * (width + kv_width) + e * width * out
+    return kept
 
 
 def kept_layers(work: Work) -> int:
@@ -219,7 +241,8 @@ def backward_token(work: Work) -> int:
     is adapted."""
     shape, e = work.shape, work.itemsize
     kept_already = work.trained.whole or "down_proj" in work.trained.modules
-    return (2 if kept_already else 3) * e * shape.intermediate + e * shape.hidden
+    scores = (4 + 2 * e) * shape.heads * work.slots if work.eager else 0
+    return max((2 if kept_already else 3) * e * shape.intermediate, scores) + e * shape.hidden
 
 
 def activations(work: Work, tokens: int, checkpointing: bool) -> int:

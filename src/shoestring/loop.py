@@ -22,7 +22,7 @@ from shoestring.evaluation import EvalSettings, evaluate
 from shoestring.memory import capped, give_back
 from shoestring.models import check_quantisation, pick_device
 from shoestring.optim import UpdateReport, build_optimizer, check_optimizer, learning_rate, set_learning_rate
-from shoestring.pieces import train_in_pieces
+from shoestring.pieces import HalfAStep, train_in_pieces
 from shoestring.plan import Plan, longest_problems
 from shoestring.policy import Policy, load_policy
 from shoestring.report import Reporter
@@ -150,8 +150,8 @@ def _run(folder: Path, config: RunConfig, scorer: Rewards, *, quiet: bool) -> Ru
                     _evaluate(session, state)
                 try:
                     _step(session, state)
-                except ShoestringError:  # state and weights are those of the last step
-                    if state.step:
+                except ShoestringError as error:  # state and weights are those of the last step, but for one case
+                    if state.step and not isinstance(error, HalfAStep):
                         session.save(state)
                     raise
                 if state.skipped_in_a_row == _MOST_SKIPPED:
@@ -367,6 +367,7 @@ def _evaluate(session: Session, state: State) -> None:
         allow_truncated_prompts=config.allow_truncated_prompts,
     )
     found = evaluate(session.policy, session.engine, config.task, settings)
+    state.wave_tokens = session.engine.wave_tokens
     best = found.accuracy > state.best_accuracy
     if best:
         state.best_accuracy, state.best_step = found.accuracy, state.step

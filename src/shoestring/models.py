@@ -137,6 +137,8 @@ def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel
             f'model is "{settings.name}"', "its tokenizer turns text into nothing", "put tokenizer.json into its folder"
         )
     tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of what the model wrote
+    if device.type == "cuda":
+        _without_plans_for_each_length()
     if settings.dtype == "nf4":
         quantise(model, device)
     model.to(device)  # type: ignore[arg-type]
@@ -153,13 +155,21 @@ def check_quantisation(settings: ModelSettings) -> None:
         )
 
 
+def _without_plans_for_each_length() -> None:
+    """Keeps torch from cuDNN's attention, for this process: it makes a plan for each new shape, and while sampling every
+    token is a new one."""
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def quantise(model: PreTrainedModel, device: torch.device) -> None:
     """Puts the matrices of the decoder layers on `device` as NF4 with double quantisation (arXiv 2305.14314).
 
     One after the other: beside the 4-bit weights the device never holds more than one whole matrix, which the loader of
     transformers does not promise.
     """
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
     from torch import nn
 
     from shoestring.adapters.base import decoder_layers

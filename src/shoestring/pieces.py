@@ -26,6 +26,10 @@ T = TypeVar("T")
 _COPIED = 2**30
 
 
+class HalfAStep(OutOfMemory):
+    """Weights that an optimizer's step has changed in part, with no copy to go back to: not to be saved."""
+
+
 @dataclass
 class Snapshot:
     """Trained weights and optimizer state as they were, on the host; empty where they are too large to copy."""
@@ -56,7 +60,7 @@ class Snapshot:
         if not self.begun:
             return
         if not self._weights:
-            raise OutOfMemory(
+            raise HalfAStep(
                 "memory ran out in the optimizer's step",
                 f"above {size_text(_COPIED)} of trained weights and optimizer state no copy is kept to go back to",
                 'go on from the last checkpoint with optim.name = "adamw-8bit" or "adamw-cpu", or with more memory',
@@ -117,13 +121,15 @@ def rehearse(
     gradient: it takes all the memory that training takes, and changes no weight, no moment and no random state. The
     optimizer's state stays, since sampling has to fit beside it."""
 
+    fresh = not optimizer.state
+
     def attempt(max_tokens: int) -> None:
         batch = worst_batch(prompt, config, max_tokens)
         backward(policy, [batch], 0, [None], config.objective, config.sampling.temperature, pieces.checkpointing)
         for parameter in policy.trained().values():
             if parameter.grad is not None:
                 parameter.grad.zero_()
-        if not optimizer.state:
+        if fresh:
             set_learning_rate(optimizer, 0.0)
             optimizer.step()
             for made in optimizer.state.values():  # all of it is 0 but this
@@ -132,6 +138,8 @@ def rehearse(
 
     def undo() -> None:
         optimizer.zero_grad(set_to_none=True)
+        if fresh:
+            optimizer.state.clear()
 
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices):

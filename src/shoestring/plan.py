@@ -18,7 +18,7 @@ from shoestring.footprint import Trained, Work
 from shoestring.memory import budget_bytes, size_text
 from shoestring.models import locate
 from shoestring.optim import state_bytes
-from shoestring.shapes import Shape, read_shape
+from shoestring.shapes import FAMILIES, Shape, read_shape
 from shoestring.tasks.base import plain_text
 
 # Without checkpointing, micro-batches of so many tokens keep a card busy; with fewer, recomputing layers costs less.
@@ -160,6 +160,7 @@ def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
         rows=sampling.num_prompts * sampling.num_completions,
         padded=sampling.num_prompts > 1,
         gpu=gpu,
+        eager=8 if FAMILIES[shape.family].eager else 6 if config.model.attn_implementation == "eager" else 0,
         state=state_bytes(config.optim),
         step_temporaries=_step_temporaries(config, shape, trained, gpu),
         reference=reference,
@@ -209,37 +210,46 @@ def _train_peak(work: Work, sizes: Sizes) -> int:
 
 
 def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None) -> Sizes:
-    """As few waves as fit, and the largest micro-batch that takes no more than sampling does."""
+    """As few waves as fit, and micro-batches that take no more than sampling does; more, up to the budget or what there
+    is, only where they would be too small to keep a card busy."""
     most = budget - margin(work, budget) if budget is not None else room
     execution = config.execution
     wave_limit = max(execution.wave_tokens // work.slots, 1) if execution.wave_tokens else work.rows
-
-    def samples(rows: int) -> bool:
-        return most is None or footprint.sample_peak(work, rows) <= most
-
-    wave_rows = _evenly(work.rows, _largest(samples, min(wave_limit, work.rows)))
-    # What sampling takes for certain, prompts of one length or not, less what a prediction may err by.
-    allowed: int | None = footprint.sample_peak(replace(work, padded=False), wave_rows) - _ERROR * work.gpu
-    if budget is None and not work.gpu:
-        allowed = max(allowed, footprint.static(work) + _HOST_FLOOR)
+    wave_rows = _evenly(
+        work.rows,
+        _largest(lambda rows: most is None or footprint.sample_peak(work, rows) <= most, min(wave_limit, work.rows)),
+    )
     if execution.micro_batch_tokens:
-        micro_limit = max(execution.micro_batch_tokens // work.row_tokens, 1)
-        if budget is None:
-            allowed = None
-    else:
-        micro_limit = max(_MOST_TOKENS // work.row_tokens, 1)
-    micro_limit = min(micro_limit, work.rows)
+        limit = min(max(execution.micro_batch_tokens // work.row_tokens, 1), work.rows)
+        return _micro(config, work, wave_rows, limit, budget and most)
+    limit = min(max(_MOST_TOKENS // work.row_tokens, 1), work.rows)
+    # What sampling takes for certain, prompts of one length or not, less what a prediction may err by.
+    sampling = footprint.sample_peak(replace(work, padded=False), wave_rows) - _ERROR * work.gpu
+    if budget is None and not work.gpu:
+        sampling = max(sampling, footprint.static(work) + _HOST_FLOOR)
+    beside = _micro(config, work, wave_rows, limit, sampling)
+    fits = _train_peak(work, beside) <= sampling
+    few = beside.micro_rows < min(limit, _ENOUGH_TOKENS // work.row_tokens)
+    if fits and not (few and budget is not None):
+        return beside
+    busy = min(limit, max(_ENOUGH_TOKENS // work.row_tokens, 1))
+    return _micro(config, work, wave_rows, busy, most)
 
-    def micro(checkpointing: bool) -> int:
+
+def _micro(config: RunConfig, work: Work, wave_rows: int, limit: int, allowed: int | None) -> Sizes:
+    """The largest micro-batch of at most `limit` rows within `allowed` bytes; with checkpointing if that makes small
+    ones larger."""
+
+    def sized(checkpointing: bool) -> Sizes:
         def trains(rows: int) -> bool:
-            return allowed is None or footprint.train_peak(work, rows * work.row_tokens, checkpointing) <= allowed
+            return allowed is None or _train_peak(work, Sizes(wave_rows, rows, checkpointing)) <= allowed
 
-        return _evenly(work.rows, _largest(trains, micro_limit))
+        return Sizes(wave_rows, _evenly(work.rows, _largest(trains, limit)), checkpointing)
 
-    if execution.checkpointing != "auto":
-        return Sizes(wave_rows, micro(execution.checkpointing), execution.checkpointing)
-    plain, recomputed = (Sizes(wave_rows, micro(choice), choice) for choice in (False, True))
-    if allowed is not None and _train_peak(work, recomputed) > allowed:  # neither fits beside sampling
+    if config.execution.checkpointing != "auto":
+        return sized(config.execution.checkpointing)
+    plain, recomputed = sized(False), sized(True)
+    if allowed is not None and _train_peak(work, recomputed) > allowed:  # neither may fit
         return min(plain, recomputed, key=lambda sizes: _train_peak(work, sizes))
     enough = plain.micro_rows * work.row_tokens >= _ENOUGH_TOKENS or plain.micro_rows >= recomputed.micro_rows
     fits = allowed is None or _train_peak(work, plain) <= allowed

@@ -102,6 +102,10 @@ class Family:
     """Norms of width hidden in one layer."""
     qk_norms: Literal["none", "head", "width"] = "none"
     """Norms of q and k: over each head, or over all heads at once."""
+    wide_norms: bool = False
+    """Whether a norm's weight multiplies fp32 numbers."""
+    eager: bool = False
+    """Whether attention is written out, since it caps its logits."""
 
 
 # The configs of published Gemma 3 models leave out the sizes that they share with the 2B one.
@@ -118,12 +122,14 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(32768, kv_heads=32, head_dim=128, qk_norms="head"),
     "llama": Family(2048, mlp_bias=True),
     "mistral": Family(131_072, kv_heads=8, attention_bias="never"),
-    "gemma": Family(8192, tied=True, kv_heads=16, head_dim=256),
-    "gemma2": Family(8192, tied=True, kv_heads=4, head_dim=256, norms=4),
-    "gemma3_text": Family(131_072, tied=True, kv_heads=4, head_dim=256, norms=4, qk_norms="head", sizes=_GEMMA3_SIZES),
+    "gemma": Family(8192, tied=True, kv_heads=16, head_dim=256, wide_norms=True),
+    "gemma2": Family(8192, tied=True, kv_heads=4, head_dim=256, norms=4, wide_norms=True, eager=True),
+    "gemma3_text": Family(
+        131_072, tied=True, kv_heads=4, head_dim=256, norms=4, qk_norms="head", wide_norms=True, sizes=_GEMMA3_SIZES
+    ),
     "phi3": Family(4096, attention_bias="never", fused=True),
     "smollm3": Family(32768, tied=True, kv_heads=4, mlp_bias=True),
-    "olmo2": Family(2048, qk_norms="width"),
+    "olmo2": Family(2048, qk_norms="width", wide_norms=True),
     "granite": Family(2048, mlp_bias=True),
 }
 

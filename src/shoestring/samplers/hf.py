@@ -72,9 +72,9 @@ class HfEngine:
         self, attempt: Callable[[int], T], prompts: Sequence[Prompt], places: list[Place], sampling: Sampling
     ) -> T:
         """Runs `attempt` with waves that fit, and remembers their size."""
-        everything = sum(_slots(prompts[p], sampling) for p, _ in places)
+        everything = _padded(prompts, places, sampling)
         least = max(_slots(prompts[p], sampling) for p, _ in places)
-        asked = min(self.wave_tokens or everything, _padded(prompts, places, sampling))
+        asked = min(self.wave_tokens or everything, everything)
         try:
             found, fitted = shrinking(attempt, max(asked, least), least)
         except Exception as error:
