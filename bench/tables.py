@@ -95,12 +95,12 @@ def memory_grid() -> str:
             f"{r['measured_gib']:.2f}",
             f"{r['ratio'] - 1:+.1%}",
             f"{r['ratio_above'] - 1:+.1%}",
-            f"{r['reserved_gib']:.2f} ({r['reserved_ratio'] - 1:+.1%})",
+            f"{r['reserved_gib']:.2f} ({r['reserved_ratio'] - 1:+.1%})" if r["reserved_gib"] else "not measured",
         ]
         for r in found["rows"]
     ]
     headings = ["model", "LoRA on", "checkpointing", "group", "completion", "predicted GiB", "measured GiB", "off by"]
-    note = f"\nTwo prompts of up to {found['prompt']} tokens, rank 16. {where(found)}.\n"
+    note = f"\nTwo prompts of up to {found['prompt']} tokens, rank 16. {where(found)}. {found.get('note', '')}\n"
     return table([*headings, "above the weights", "reserved GiB (to predicted)"], rows) + note
 
 
@@ -118,7 +118,8 @@ def on_paper() -> str:
         for r in found["rows"]
     ]
     note = (
-        f"\nOne prompt of 256 tokens, 8 completions of 512, LoRA r=16 on q and v of the last third. {where(found)}.\n"
+        f"\nOne prompt of 256 tokens, 8 completions of 512, LoRA r=16 on q and v of the last third. "
+        f"{where(found)}. {found.get('note', '')}\n"
     )
     return table(["run", "predicted GiB", "allocated GiB", "reserved GiB", "waves", "seconds a step"], rows) + note
 

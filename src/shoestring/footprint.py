@@ -21,7 +21,7 @@ from shoestring.shapes import FAMILIES, Shape
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 # What each 4-bit layer holds beside that: its code tables and their rounding to the allocator's blocks.
 NF4_TABLES = 2**12
-# cuBLAS' and cuBLASLt's workspaces and what else lies on the card all the time: measured on an H100, less on older cards.
+# cuBLAS' workspaces and what else lies on the card all the time: measured on an H100, less on older cards.
 WORKSPACE = 60 * 2**20
 # The fp32 and fp64 numbers that a draw makes of each logit.
 DRAW_BYTES = 24

@@ -156,8 +156,8 @@ def check_quantisation(settings: ModelSettings) -> None:
 
 
 def _without_plans_for_each_length() -> None:
-    """Keeps torch from cuDNN's attention, for this process: it makes a plan for each new shape, and while sampling every
-    token is a new one."""
+    """Keeps torch from cuDNN's attention, for this process: it makes a plan for each new shape, and while sampling
+    every token is a new one."""
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(False)
