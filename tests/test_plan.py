@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -698,3 +699,22 @@ def test_the_command_says_that_a_budget_is_too_small_without_failing(monkeypatch
             ):
                 assert word in said.out
         assert code == 2 or said.err == ""
+
+
+# --- what was measured on a GPU -------------------------------------------------------------------------------------
+
+
+def test_the_grid_measured_on_a_gpu_bears_the_plan_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allocated within 5 %, what lies above the weights within 15 %; and the stored predictions are today's."""
+
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    monkeypatch.setattr(footprint, "_packs_heads", footprint._packs_heads)  # the bench sets it
+    from memory_grid import said_again
+
+    stored = json.loads((ROOT / "bench" / "results" / "memory-grid.json").read_text(encoding="utf-8"))
+    again = said_again(copy.deepcopy(stored), tmp_path)
+    assert len(stored["rows"]) >= 16
+    for row, new in zip(stored["rows"], again["rows"], strict=True):
+        assert row["predicted_gib"] == pytest.approx(new["predicted_gib"], rel=1e-9)
+        assert row["ratio"] == pytest.approx(1, abs=0.05)
+        assert row["ratio_above"] == pytest.approx(1, abs=0.15)

@@ -13,7 +13,7 @@ from shoestring.clock import Clock
 from shoestring.config import RunConfig
 from shoestring.errors import ConfigError
 from shoestring.memory import budget_bytes, check_room, context_bytes, free_bytes, give_back, size_text, total_bytes
-from shoestring.plan import Plan, check, predict
+from shoestring.plan import Plan, check, predict, text_tokens
 from shoestring.policy import Policy
 from shoestring.types import Prompt
 
@@ -33,7 +33,7 @@ def checked_before_loading(config: RunConfig, device: torch.device) -> int | Non
     budget = budget_bytes(config.memory, total_bytes(device))
     if budget is not None:
         check_room(budget, device)
-        check(predict(config))
+        check(predict(config, prompt_tokens=max(text_tokens(config), 1)))  # what is certain; the template comes on top
     return budget
 
 

@@ -183,7 +183,7 @@ def quantise(model: PreTrainedModel, device: torch.device) -> None:
             small = Linear4bit(
                 linear.in_features, linear.out_features, bias, linear.weight.dtype, quant_type="nf4", device="meta"
             )
-            small.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=small)
+            small.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=small)  # type: ignore[call-arg]
             small.bias = linear.bias
             # Else it lays weights out for the CPU's inference kernel, from which no gradient comes back.
             small.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -369,17 +369,23 @@ def _prompt_tokens(config: RunConfig) -> tuple[int, str]:
     limit = config.sampling.max_prompt_tokens
     if limit is not None:
         return limit, ""
-    try:
-        longest = _longest_texts(config)
-        tokenizer = _tokenizer(config)
-    except (ShoestringError, OSError):
-        longest, tokenizer = [], None
-    if not longest or tokenizer is None:
+    count = text_tokens(config)
+    if not count:
         return _ASSUMED_PROMPT, f"prompts are taken to have {_ASSUMED_PROMPT} tokens: set sampling.max_prompt_tokens"
-    count = max(len(tokenizer.encode(text).ids) for text in longest)
     if config.task.format == "plain":
-        return max(count, 1), f"prompts have up to {count} tokens"
+        return count, f"prompts have up to {count} tokens"
     return count + _TEMPLATE_TOKENS, f"prompts have up to about {count + _TEMPLATE_TOKENS} tokens"
+
+
+def text_tokens(config: RunConfig) -> int:
+    """Tokens of the longest prompt's bare text; 0 where the data or the tokenizer are not at hand."""
+    try:
+        longest, tokenizer = _longest_texts(config), _tokenizer(config)
+    except (ShoestringError, OSError):
+        return 0
+    if tokenizer is None:
+        return 0
+    return max((len(tokenizer.encode(text).ids) for text in longest), default=0)
 
 
 def _longest_texts(config: RunConfig) -> list[str]:
