@@ -31,7 +31,7 @@ from shoestring.plan import Plan, check, predict
 from shoestring.policy import Policy
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.samplers.cache import SlotCache
-from shoestring.shapes import FAMILIES, Shape, shape_of
+from shoestring.shapes import Shape, shape_of
 from test_shapes import QWEN2_1B
 from tiny import TINY, VOCAB, prompt, random_model
 from tracker import LiveBytes
@@ -134,7 +134,8 @@ def built(
     adapted.eval()
     policy = Policy(base, AutoTokenizer.from_pretrained(TINY), adapted if adapted is not base else None, family)
     shape = shape_of({"model_type": family, **config})
-    return policy, plain_work(shape, chosen.trained(shape), dtype)
+    eager = 8 if base.config._attn_implementation == "eager" else 0  # older versions run gemma2 without its cap
+    return policy, plain_work(shape, chosen.trained(shape), dtype, eager=eager)
 
 
 def plain_work(shape: Shape, trained: Trained, dtype: torch.dtype, **changes: Any) -> Work:
@@ -150,7 +151,6 @@ def plain_work(shape: Shape, trained: Trained, dtype: torch.dtype, **changes: An
         padded=False,
         gpu=False,
         state=8,
-        eager=8 if FAMILIES[shape.family].eager else 0,
     )
     return replace(work, **changes)
 
