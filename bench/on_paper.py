@@ -15,7 +15,7 @@ from common import GIB, our_run, random_model, row, write
 
 from shoestring.plan import predict
 
-RUNS = [("qwen2-1.5b", "bf16", "4GiB"), ("qwen2.5-7b", "nf4", "6.25GiB"), ("qwen2.5-7b", "bf16", "15.25GiB")]
+RUNS = [("qwen2.5-7b", "nf4", "6.25GiB"), ("qwen2.5-7b", "bf16", "15.25GiB"), ("qwen2-1.5b", "bf16", "4GiB")]
 
 
 def main(out: str, tiny: bool) -> None:

@@ -121,49 +121,64 @@ def _run(folder: Path, config: RunConfig, scorer: Rewards, *, quiet: bool) -> Ru
     budget = budgets.checked_before_loading(config, device)
 
     with capped(device, budget):
-        torch.manual_seed(config.seed)  # the adapter's first weights; everything later draws from hashes of the seed
-        policy = load_policy(
-            config.model,
-            adapter=config.adapter,
-            keep_reference=config.objective.beta > 0,
-            device=config.execution.device,
-        )
-        longest = _longest_prompt(config, policy, problems)
-        plan = budgets.planned(config, policy, longest)
-        optimizer = build_optimizer(policy.trained().values(), config.optim)
-        last = checkpoint.latest(folder)
-        state = checkpoint.restore(last, policy.trained(), optimizer) if last else State()
-        budgets.settle_pieces(state, config, plan)
-        report.cut_logs(folder, state.step)
-
-        reporter = Reporter(folder, config.steps, quiet=quiet)
-        engine = config.sampler.open(policy, state.wave_tokens)
-        session = Session(folder, config, problems, scorer, policy, engine, optimizer, reporter, plan, state.step)
-        reporter.say(describe(config, policy, folder, state))
-        if plan is not None:
-            reporter.say(budgets.describe(plan))
-        with held_back() as stopped, reporter.running(state.step):
+        session, state, longest = _open(folder, config, problems, scorer, quiet=quiet)
+        with held_back() as stopped, session.reporter.running(state.step):
             if state.step < config.steps:
                 budgets.rehearse(session, state, longest)
-            while state.step < config.steps and not stopped:
-                if config.eval_every and state.step % config.eval_every == 0:
-                    _evaluate(session, state)
-                try:
-                    _step(session, state)
-                except ShoestringError as error:  # state and weights are those of the last step, but for one case
-                    if state.step and not isinstance(error, HalfAStep):
-                        session.save(state)
-                    raise
-                if state.skipped_in_a_row == _MOST_SKIPPED:
-                    session.save(state)
-                    raise _never_finite(state, folder)
-                if config.save_every and state.step % config.save_every == 0:
-                    session.save(state)
-            if config.eval_every and not stopped:
-                _evaluate(session, state)
+            _train(session, state, stopped)
+    stopped_by = stopped[0] if stopped else 0
+    return Run(folder, config, report.read_metrics(folder), session.policy, stopped_by, state.best_step)
+
+
+def _open(
+    folder: Path, config: RunConfig, problems: Sequence[Problem], scorer: Rewards, *, quiet: bool
+) -> tuple[Session, State, Prompt]:
+    """Everything that stays from step to step, the state to go on from, and the longest prompt there is."""
+    torch.manual_seed(config.seed)  # the adapter's first weights; everything later draws from hashes of the seed
+    policy = load_policy(
+        config.model,
+        adapter=config.adapter,
+        keep_reference=config.objective.beta > 0,
+        device=config.execution.device,
+    )
+    longest = _longest_prompt(config, policy, problems)
+    plan = budgets.planned(config, policy, longest)
+    optimizer = build_optimizer(policy.trained().values(), config.optim)
+    last = checkpoint.latest(folder)
+    state = checkpoint.restore(last, policy.trained(), optimizer) if last else State()
+    budgets.settle_pieces(state, config, plan)
+    report.cut_logs(folder, state.step)
+
+    reporter = Reporter(folder, config.steps, quiet=quiet)
+    engine = config.sampler.open(policy, state.wave_tokens)
+    session = Session(folder, config, problems, scorer, policy, engine, optimizer, reporter, plan, state.step)
+    reporter.say(describe(config, policy, folder, state))
+    if plan is not None:
+        reporter.say(budgets.describe(plan))
+    return session, state, longest
+
+
+def _train(session: Session, state: State, stopped: Sequence[int]) -> None:
+    """Steps until the last, or until a signal has come; evaluations and checkpoints where they are due."""
+    config = session.config
+    while state.step < config.steps and not stopped:
+        if config.eval_every and state.step % config.eval_every == 0:
+            _evaluate(session, state)
+        try:
+            _step(session, state)
+        except ShoestringError as error:  # state and weights are those of the last step, but for one case
+            if state.step and not isinstance(error, HalfAStep):
+                session.save(state)
+            raise
+        if state.skipped_in_a_row == _MOST_SKIPPED:
             session.save(state)
-            _save_result(session, state)
-    return Run(folder, config, report.read_metrics(folder), policy, stopped[0] if stopped else 0, state.best_step)
+            raise _never_finite(state, session.folder)
+        if config.save_every and state.step % config.save_every == 0:
+            session.save(state)
+    if config.eval_every and not stopped:
+        _evaluate(session, state)
+    session.save(state)
+    _save_result(session, state)
 
 
 def _step(session: Session, state: State) -> None:
