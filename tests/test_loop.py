@@ -303,7 +303,7 @@ def test_half_a_checkpoint_is_not_seen() -> None:
         ({"task": {"name": "file:none.jsonl"}}, "no such file"),
         ({"rewards": {"functions": ["nowhere.module:f"]}}, "nowhere"),
         ({"sampling": {"max_new_tokens": 2000}}, "context"),
-        ({"execution": {"device": "foo"}}, "no such device"),
+        ({"execution": {"device": "foo"}}, "execution.device is"),
     ],
 )
 def test_mistakes_are_told_and_nothing_is_overwritten(change: dict[str, Any], message: str) -> None:

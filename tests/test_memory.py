@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoestring import ConfigError, train
+from shoestring import ConfigError, budgets, train
 from shoestring.config import dump, load, settle
 from shoestring.errors import ShoestringError
 from shoestring.memory import (
@@ -142,9 +142,8 @@ def test_the_setting_is_kept_as_it_was_written() -> None:
 
 @pytest.mark.parametrize("memory", ["6", "6TB", "0GiB", "200%", "900000GiB", "1MiB"])
 def test_a_budget_that_cannot_be_is_told_before_any_model_loads(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shoestring import loop
 
-    monkeypatch.setattr(loop, "load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(budgets, "load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match="memory is "):
         train({"memory": memory, "out": "run", "execution": {"device": "cpu"}}, quiet=True)
     assert not Path("run").exists()

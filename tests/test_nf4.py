@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shoestring import ConfigError, train
+from shoestring import ConfigError, budgets, train
 from shoestring.adapters import ADAPTERS
 from shoestring.adapters.base import decoder_layers
 from shoestring.config import settle
@@ -163,13 +163,12 @@ def test_the_plan_knows_the_weights_bytes(base: Any) -> None:
 
 
 def test_the_missing_package_is_named_with_the_command_before_the_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    from shoestring import loop
 
     real = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a)
     )
-    monkeypatch.setattr(loop, "load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(budgets, "load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError) as told:
         run()
     assert told.value.given == 'model.dtype is "nf4"'

@@ -181,7 +181,7 @@ def _watch_policy(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
         fault.at("backward")  # the gradients are in place already
 
     monkeypatch.setattr(torch.Tensor, "backward", passed_back)
-    real_load = loop.load_policy
+    real_load = budgets.load_policy
 
     def loaded(*args: Any, **options: Any) -> Policy:
         policy = real_load(*args, **options)
@@ -193,7 +193,7 @@ def _watch_policy(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
         parameters[len(parameters) // 2].register_hook(hook)
         return policy
 
-    monkeypatch.setattr(loop, "load_policy", loaded)
+    monkeypatch.setattr(budgets, "load_policy", loaded)
 
 
 def _watch_optimizer(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:

@@ -12,9 +12,19 @@ from shoestring.checkpoint import Pieces, State
 from shoestring.clock import Clock
 from shoestring.config import RunConfig
 from shoestring.errors import ConfigError
-from shoestring.memory import budget_bytes, check_room, context_bytes, free_bytes, give_back, size_text, total_bytes
+from shoestring.memory import (
+    OutOfMemory,
+    budget_bytes,
+    check_room,
+    context_bytes,
+    free_bytes,
+    give_back,
+    is_out_of_memory,
+    size_text,
+    total_bytes,
+)
 from shoestring.plan import Plan, check, predict, text_tokens
-from shoestring.policy import Policy
+from shoestring.policy import Policy, load_policy
 from shoestring.types import Prompt
 
 if TYPE_CHECKING:
@@ -35,6 +45,25 @@ def checked_before_loading(config: RunConfig, device: torch.device) -> int | Non
         check_room(budget, device)
         check(predict(config, prompt_tokens=max(text_tokens(config), 1)))  # what is certain; the template comes on top
     return budget
+
+
+def loaded(config: RunConfig) -> Policy:
+    """The policy; raises `OutOfMemory` if the card is too small for its weights."""
+    try:
+        return load_policy(
+            config.model,
+            adapter=config.adapter,
+            keep_reference=config.objective.beta > 0,
+            device=config.execution.device,
+        )
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    raise OutOfMemory(
+        f"memory ran out while loading {config.model.name}",
+        "the weights alone do not fit",
+        'set model.dtype = "nf4" or "bf16", use a smaller model, or end what else uses the card',
+    )
 
 
 def planned(config: RunConfig, policy: Policy, longest: Prompt) -> Plan | None:
@@ -78,7 +107,9 @@ def rehearse(session: Session, state: State, longest: Prompt) -> None:
         return
     pieces.rehearse(session.policy, session.optimizer, longest, config, state.pieces)
     give_back(session.policy.device)
-    session.engine.rehearse([longest] * sampling.num_prompts, num=sampling.num_completions, sampling=sampling)
+    shorter = Prompt(longest.problem, longest.token_ids[1:] or longest.token_ids, longest.answer_start - 1)
+    prompts = [longest, *[shorter] * (sampling.num_prompts - 1)]  # of two lengths, so that attention needs its mask
+    session.engine.rehearse(prompts, num=sampling.num_completions, sampling=sampling)
     give_back(session.policy.device)
 
 

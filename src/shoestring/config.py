@@ -74,7 +74,8 @@ class EvaluationSettings(Settings):
 class ExecutionSettings(Settings):
     """How a step is carried out. Nothing here changes its result beyond rounding."""
 
-    device: str = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """"auto", "cpu", "cuda" or "cuda:N"."""
     wave_tokens: int | None = Field(default=None, ge=1)
     """Cache slots that sampling fills at once; None leaves it to the memory plan."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)

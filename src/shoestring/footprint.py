@@ -293,10 +293,3 @@ def train_peak(work: Work, tokens: int, checkpointing: bool) -> int:
         work.itemsize * work.shape.embedding if work.trained.whole else 0
     )  # the embedding's gradient, before it is added
     return static(work) + gradient(work) + above + dense
-
-
-def score_peak(work: Work, tokens: int) -> int:
-    """A pass without gradient, for the reference."""
-    if work.reference == "none":
-        return 0
-    return static(work) + gradient(work) + max(forward_token(work) * tokens, head(work, scored_tokens(work, tokens)))

@@ -24,7 +24,7 @@ from shoestring.models import check_quantisation, pick_device
 from shoestring.optim import UpdateReport, build_optimizer, check_optimizer, learning_rate, set_learning_rate
 from shoestring.pieces import HalfAStep, train_in_pieces
 from shoestring.plan import Plan, longest_problems
-from shoestring.policy import Policy, load_policy
+from shoestring.policy import Policy
 from shoestring.report import Reporter
 from shoestring.rewards import RewardFunction, Rewards, Row, Scored, TrainerState
 from shoestring.rollout import Rollout, encode, roll_out
@@ -135,12 +135,7 @@ def _open(
 ) -> tuple[Session, State, Prompt]:
     """Everything that stays from step to step, the state to go on from, and the longest prompt there is."""
     torch.manual_seed(config.seed)  # the adapter's first weights; everything later draws from hashes of the seed
-    policy = load_policy(
-        config.model,
-        adapter=config.adapter,
-        keep_reference=config.objective.beta > 0,
-        device=config.execution.device,
-    )
+    policy = budgets.loaded(config)
     longest = _longest_prompt(config, policy, problems)
     plan = budgets.planned(config, policy, longest)
     optimizer = build_optimizer(policy.trained().values(), config.optim)

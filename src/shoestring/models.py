@@ -252,6 +252,10 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ConfigError(
             f'execution.device is "{name}"', "there is no such device", 'use "cpu", "cuda" or "auto"'
         ) from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f'execution.device is "{name}"', "it runs on the CPU or on an NVIDIA GPU", 'use "cpu" or "cuda"'
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f'execution.device is "{name}"', "torch finds no GPU here", 'use "cpu" or "auto"')
     return device

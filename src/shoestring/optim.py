@@ -120,7 +120,7 @@ def update(
         norm = float(clip_gradient(parameters, max_grad_norm))
         if not (math.isfinite(norm) and math.isfinite(loss)):
             optimizer.zero_grad(set_to_none=True)
-            culprits = _culprits(policy, batches, objective, temperature)
+            culprits = _culprits(policy, batches, objective, temperature, checkpointing)
             return report._replace(loss=loss, grad_norm=norm, applied=number > 0, culprits=culprits)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -181,12 +181,14 @@ def clip_gradient(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor
     return norm
 
 
-def _culprits(policy: Policy, batches: Sequence[Batch], objective: Objective, temperature: float) -> tuple[str, ...]:
+def _culprits(
+    policy: Policy, batches: Sequence[Batch], objective: Objective, temperature: float, checkpointing: bool
+) -> tuple[str, ...]:
     """The problems whose row alone has a loss or gradient that is not finite: run again row by row, to be named."""
     found = []
     parameters = list(policy.trained().values())
     for batch in single_rows(batches):
-        loss, *_ = backward(policy, [batch], 0, [None], objective, temperature, checkpointing=False)
+        loss, *_ = backward(policy, [batch], 0, [None], objective, temperature, checkpointing)
         grads = [p.grad for p in parameters if p.grad is not None]
         if not (math.isfinite(loss) and all(bool(torch.isfinite(grad).all()) for grad in grads)):
             found.append(batch.problem_ids[0])

@@ -63,7 +63,7 @@ class Snapshot:
             raise HalfAStep(
                 "memory ran out in the optimizer's step",
                 f"above {size_text(_COPIED)} of trained weights and optimizer state no copy is kept to go back to",
-                'go on from the last checkpoint with optim.name = "adamw-8bit" or "adamw-cpu", or with more memory',
+                'go on from the last checkpoint with more memory, or start a run with optim.name = "adamw-cpu"',
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -111,7 +111,8 @@ def train_in_pieces(
                 checkpointing=pieces.checkpointing,
             ), batches
 
-        return _fitted(attempt, pieces, longest, before.restore)
+        most = sum(batch.input_ids.numel() for batch in batches)
+        return _fitted(attempt, pieces, longest, most, before.restore)
 
 
 def rehearse(
@@ -143,7 +144,8 @@ def rehearse(
 
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        _fitted(attempt, pieces, len(prompt.token_ids) + config.sampling.max_new_tokens - 1, undo)
+        longest = len(prompt.token_ids) + config.sampling.max_new_tokens - 1
+        _fitted(attempt, pieces, longest, config.sampling.num_prompts * config.sampling.num_completions * longest, undo)
 
 
 def worst_batch(prompt: Prompt, config: RunConfig, max_tokens: int) -> Batch:
@@ -166,13 +168,13 @@ def worst_batch(prompt: Prompt, config: RunConfig, max_tokens: int) -> Batch:
     return pad_rows([row] * max(min(max_tokens // len(row.token_ids), most), 1))
 
 
-def _fitted(attempt: Callable[[int], T], pieces: Pieces, longest: int, undo: Callable[[], None]) -> T:
+def _fitted(attempt: Callable[[int], T], pieces: Pieces, longest: int, most: int, undo: Callable[[], None]) -> T:
     """Runs `attempt` with micro-batches that fit, and remembers their size; down to a single row, and then with
-    checkpointing."""
-    found = _halved(attempt, pieces, longest, undo)
+    checkpointing. `most` are the tokens of all rows: larger micro-batches are no larger."""
+    found = _halved(attempt, pieces, longest, most, undo)
     if found is None and pieces.may_checkpoint and not pieces.checkpointing:
         pieces.checkpointing = True
-        found = _halved(attempt, pieces, longest, undo)
+        found = _halved(attempt, pieces, longest, most, undo)
     if found is None:
         raise OutOfMemory(
             f"memory ran out while training on one row of {longest} tokens",
@@ -183,11 +185,18 @@ def _fitted(attempt: Callable[[int], T], pieces: Pieces, longest: int, undo: Cal
     return found[0]
 
 
-def _halved(attempt: Callable[[int], T], pieces: Pieces, longest: int, undo: Callable[[], None]) -> tuple[T] | None:
+def _halved(
+    attempt: Callable[[int], T], pieces: Pieces, longest: int, most: int, undo: Callable[[], None]
+) -> tuple[T] | None:
+    asked = pieces.micro_batch_tokens
+    while asked // 2 >= max(most, longest):  # halves that would cut nothing
+        asked //= 2
     try:
-        found, pieces.micro_batch_tokens = shrinking(attempt, pieces.micro_batch_tokens, longest, undo=undo)
+        found, fitted = shrinking(attempt, asked, longest, undo=undo)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return None
+    if fitted < asked:
+        pieces.micro_batch_tokens = fitted
     return (found,)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from shoestring import config as configs
 from shoestring import footprint
 from shoestring.config import RunConfig
-from shoestring.errors import ConfigError, ShoestringError
+from shoestring.errors import ConfigError
 from shoestring.footprint import Trained, Work
 from shoestring.memory import budget_bytes, size_text
 from shoestring.models import locate
@@ -156,7 +156,8 @@ def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
         nf4=dtype == "nf4",
         prompt=prompt,
         added=sampling.max_new_tokens,
-        prompts=sampling.num_prompts,
+        # An evaluation's completions have a prompt each.
+        prompts=sampling.num_prompts * (sampling.num_completions if config.eval_every else 1),
         rows=sampling.num_prompts * sampling.num_completions,
         padded=sampling.num_prompts > 1,
         gpu=gpu,
@@ -201,7 +202,6 @@ def _peak(work: Work, sizes: Sizes) -> int:
     return max(
         footprint.sample_peak(work, sizes.wave_rows),
         _train_peak(work, sizes),
-        footprint.score_peak(work, sizes.micro_rows * work.row_tokens),
     )
 
 
@@ -210,8 +210,8 @@ def _train_peak(work: Work, sizes: Sizes) -> int:
 
 
 def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None) -> Sizes:
-    """As few waves as fit, and micro-batches that take no more than sampling does; more, up to the budget or what there
-    is, only where they would be too small to keep a card busy."""
+    """As few waves as fit, and micro-batches that take no more than sampling does; more, up to the budget, only where
+    they would be too small to keep a card busy."""
     most = budget - margin(work, budget) if budget is not None else room
     execution = config.execution
     wave_limit = max(execution.wave_tokens // work.slots, 1) if execution.wave_tokens else work.rows
@@ -228,9 +228,7 @@ def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None)
     if budget is None and not work.gpu:
         sampling = max(sampling, footprint.static(work) + _HOST_FLOOR)
     beside = _micro(config, work, wave_rows, limit, sampling)
-    fits = _train_peak(work, beside) <= sampling
-    few = beside.micro_rows < min(limit, _ENOUGH_TOKENS // work.row_tokens)
-    if fits and not (few and budget is not None):
+    if budget is None or beside.micro_rows >= min(limit, _ENOUGH_TOKENS // work.row_tokens):
         return beside
     busy = min(limit, max(_ENOUGH_TOKENS // work.row_tokens, 1))
     return _micro(config, work, wave_rows, busy, most)
@@ -315,49 +313,48 @@ def _alternatives(config: RunConfig, work: Work, sizes: Sizes, budget: int | Non
     """The peak under other settings: of the same pieces, or, where the budget is too small for the smallest pieces, the
     least budget."""
     too_small = budget is not None and _peak(work, sizes) + margin(work, budget) > budget
-    found = [
-        Alternative(change, _least_budget(config, changed) if too_small else _peak(changed, pieces))
-        for change, changed, pieces in _changes(config, work, sizes)
-        if not (too_small and changed == work)
-    ]
+    found = []
+    for overrides, note, pieces in _changes(config, work, sizes):
+        values: dict[str, Any] = config.model_dump(exclude_none=True)
+        for override in overrides:
+            values = configs.overridden(values, override.replace(" = ", "=", 1))
+        changed = configs.settle(values)
+        prompt = min(work.prompt, changed.sampling.max_prompt_tokens or work.prompt)
+        step = replace(work_of(changed, work.shape, prompt, gpu=work.gpu), padded=work.padded)
+        peak = _least_budget(changed, step) if too_small else _peak(step, pieces)
+        found.append(Alternative(", ".join(overrides) + note, peak))
     return tuple(found)
 
 
-def _changes(config: RunConfig, work: Work, sizes: Sizes) -> Iterator[tuple[str, Work, Sizes]]:
-    """What could be set otherwise, in words and as the step that it makes."""
-
-    def of(*overrides: str) -> Work:
-        values: dict[str, Any] = config.model_dump(exclude_none=True)
-        for override in overrides:
-            values = configs.overridden(values, override)
-        return replace(work_of(configs.settle(values), work.shape, work.prompt, gpu=work.gpu), padded=work.padded)
-
-    if not work.nf4 and not work.trained.whole:
-        yield 'model.dtype = "nf4"', of("model.dtype=nf4"), sizes
-    third = work.shape.layers - max(work.shape.layers // 3, 1)
+def _changes(config: RunConfig, work: Work, sizes: Sizes) -> Iterator[tuple[list[str], str, Sizes]]:
+    """What could be set otherwise: the settings, a note, and the pieces."""
+    adapter, whole = config.adapter, work.trained.whole
+    if not work.nf4 and not whole:
+        yield ['model.dtype = "nf4"'], "", sizes
     kept = footprint.kept_layers(work)
-    if hasattr(config.adapter, "layers") and work.trained.first_layer < third:
-        yield 'adapter.layers = "last-third"', of("adapter.layers=last-third"), sizes
-    elif hasattr(config.adapter, "layers") and kept > 1:
-        yield f"adapter.layers = {kept // 2}", of(f"adapter.layers={kept // 2}"), sizes
-    if work.trained.whole:
-        yield 'adapter.name = "lora"', of("adapter.name=lora"), sizes
-        if config.optim.name == "adamw":
-            yield 'optim.name = "adamw-8bit"', of("optim.name=adamw-8bit"), sizes
+    third = max(work.shape.layers // 3, 1)
+    if hasattr(adapter, "layers") and kept > 1:
+        yield ['adapter.layers = "last-third"' if kept > third else f"adapter.layers = {kept // 2}"], "", sizes
+    if whole:
+        yield ['adapter.name = "lora"'], "", sizes
+    if config.optim.name == "adamw":
+        yield ['optim.name = "adamw-8bit"' if whole else 'optim.name = "adamw-cpu"'], "", sizes
     if sizes.wave_rows > 1:
-        half = sizes._replace(wave_rows=-(-sizes.wave_rows // 2))
-        waves = -(-work.rows // half.wave_rows)
-        yield f"execution.wave_tokens = {half.wave_rows * work.slots} ({waves} waves)", work, half
-    if not sizes.checkpointing:
-        yield "execution.checkpointing = true", work, sizes._replace(checkpointing=True)
+        half = -(-sizes.wave_rows // 2)
+        note = f" ({-(-work.rows // half)} waves)"
+        yield [f"execution.wave_tokens = {half * work.slots}"], note, sizes._replace(wave_rows=half)
+    if not sizes.checkpointing or config.execution.checkpointing is False:
+        yield ["execution.checkpointing = true"], "", sizes._replace(checkpointing=True)
     if sizes.micro_rows > 1:
-        yield f"execution.micro_batch_tokens = {work.row_tokens} (one row)", work, sizes._replace(micro_rows=1)
+        yield [f"execution.micro_batch_tokens = {work.row_tokens}"], " (one row)", sizes._replace(micro_rows=1)
     if work.added > 1:
-        shorter = work.added // 2
-        yield f"sampling.max_new_tokens = {shorter}", replace(work, added=shorter), sizes
+        yield [f"sampling.max_new_tokens = {work.added // 2}"], "", sizes
     if work.prompt > 1:
-        shorter = work.prompt // 2
-        yield f"sampling.max_prompt_tokens = {shorter}", replace(work, prompt=shorter), sizes
+        cut = config.allow_truncated_prompts or config.sampling.max_prompt_tokens is not None
+        more = [] if cut else ["allow_truncated_prompts = true"]
+        yield [f"sampling.max_prompt_tokens = {work.prompt // 2}", *more], "", sizes
+    if getattr(adapter, "rank", 1) > 1:
+        yield [f"adapter.rank = {adapter.rank // 2}"], "", sizes
 
 
 # --- how long prompts are -------------------------------------------------------------------------------------------
@@ -381,7 +378,7 @@ def text_tokens(config: RunConfig) -> int:
     """Tokens of the longest prompt's bare text; 0 where the data or the tokenizer are not at hand."""
     try:
         longest, tokenizer = _longest_texts(config), _tokenizer(config)
-    except (ShoestringError, OSError):
+    except Exception:  # no data, no tokenizer, or one of a kind that cannot be read: an assumption has to do
         return 0
     if tokenizer is None:
         return 0

@@ -153,8 +153,11 @@ def read_metrics(folder: Path) -> list[StepReport]:
     if not path.is_file():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [_step_report({key: math.nan if value is None else value for key, value in line.items()}) for line in lines]
+    return [_step_report(line) for line in lines]
 
 
 def _step_report(values: dict[str, Any]) -> StepReport:
-    return StepReport(**values)
+    """None stands for what was not finite, but where there may be nothing."""
+    may_be_none = ("wave_tokens", "micro_batch_tokens")
+    filled: dict[str, Any] = {k: math.nan if v is None and k not in may_be_none else v for k, v in values.items()}
+    return StepReport(**filled)

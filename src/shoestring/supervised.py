@@ -196,6 +196,12 @@ def merge(name: str, out: str) -> Path:
     runs.check_free(target)
     saved = runs.model_settings(name)
     policy = load_policy(saved.model_copy(update={"dtype": "fp32"}), device="cpu")
+    if policy.adapted is None and (Path(name) / "model" / "config.json").is_file():
+        raise ConfigError(
+            f'the run is "{name}"',
+            "all its weights were trained, so there is nothing to add",
+            f"use {name}/model as it is",
+        )
     if policy.adapted is None:
         raise ConfigError(f'the run is "{name}"', "it has no adapter to merge", "give the folder of a finished run")
     stored = models.stored_dtype(name) if saved.dtype in ("auto", "nf4") else None

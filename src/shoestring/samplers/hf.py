@@ -126,7 +126,7 @@ class HfEngine:
         uniform = torch.stack([noise(seed, first + p, g, int(limit.max())) for p, g in places]).to(policy.device)
         logits, cache, mask, position = self._prefill(prompts, [p for p, _ in places], int(limit.max()))
         limit = limit.to(policy.device)
-        ends = () if sampling.ignore_eos else policy.eos_ids
+        ends = () if sampling.ignore_eos or rehearsal else policy.eos_ids
         eos = torch.tensor(ends, device=policy.device, dtype=torch.int64)
         tokens = torch.zeros(uniform.shape, dtype=torch.int64, device=policy.device)
         logprobs = torch.zeros(uniform.shape, dtype=torch.float32, device=policy.device)
