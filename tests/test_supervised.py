@@ -210,7 +210,7 @@ def test_part_of_an_epoch_and_the_schedule() -> None:
 
 def test_a_run_on_a_warm_model_can_be_merged_and_a_model_without_an_adapter_cannot() -> None:
     warmed(epochs=1)
-    with pytest.raises(ConfigError, match="no adapter to merge"):
+    with pytest.raises(ConfigError, match="nothing to add"):
         merge("warm", "merged")
     assert not Path("merged").exists()
 

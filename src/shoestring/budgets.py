@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,9 +24,12 @@ from shoestring.memory import (
     size_text,
     total_bytes,
 )
-from shoestring.plan import Plan, check, predict, text_tokens
-from shoestring.policy import Policy, load_policy
-from shoestring.types import Prompt
+from shoestring.models import load_tokenizer
+from shoestring.plan import Plan, check, longest_problems, predict
+from shoestring.policy import Policy, Reader, load_policy
+from shoestring.rollout import encode
+from shoestring.shapes import read_shape
+from shoestring.types import Problem, Prompt
 
 if TYPE_CHECKING:
     from shoestring.loop import Session
@@ -38,13 +42,31 @@ _UNPLANNED_TOKENS = Pieces.micro_batch_tokens
 _ROOM = 0.92
 
 
-def checked_before_loading(config: RunConfig, device: torch.device) -> int | None:
+def checked_before_loading(config: RunConfig, problems: Sequence[Problem], device: torch.device) -> int | None:
     """The budget in bytes; raises `ConfigError` if it is not there, or if the run cannot work with it."""
     budget = budget_bytes(config.memory, total_bytes(device))
     if budget is not None:
         check_room(budget, device)
-        check(predict(config, prompt_tokens=max(text_tokens(config), 1)))  # what is certain; the template comes on top
+        shape = read_shape(config.model.name, family=config.model.family, revision=config.model.revision)
+        reader = Reader(load_tokenizer(config.model), config.model.name, shape.context)
+        check(predict(config, prompt_tokens=len(longest_prompt(config, reader, problems).token_ids)))
     return budget
+
+
+def longest_prompt(config: RunConfig, reader: Policy | Reader, problems: Sequence[Problem]) -> Prompt:
+    """The longest of the prompts with the longest text: one too long is told now and not in the middle of the run.
+
+    Of data that are made as they are read, the longest of some.
+    """
+    prompts, _ = encode(
+        reader,
+        config.task,
+        longest_problems(problems),
+        config.sampling.max_new_tokens,
+        max_prompt_tokens=config.sampling.max_prompt_tokens,
+        allow_truncated=config.allow_truncated_prompts,
+    )
+    return max(prompts, key=lambda prompt: len(prompt.token_ids))
 
 
 def loaded(config: RunConfig) -> Policy:

@@ -23,7 +23,7 @@ from shoestring.memory import capped, give_back
 from shoestring.models import check_quantisation, pick_device
 from shoestring.optim import UpdateReport, build_optimizer, check_optimizer, learning_rate, set_learning_rate
 from shoestring.pieces import HalfAStep, train_in_pieces
-from shoestring.plan import Plan, longest_problems
+from shoestring.plan import Plan
 from shoestring.policy import Policy
 from shoestring.report import Reporter
 from shoestring.rewards import RewardFunction, Rewards, Row, Scored, TrainerState
@@ -118,7 +118,7 @@ def _run(folder: Path, config: RunConfig, scorer: Rewards, *, quiet: bool) -> Ru
     check_optimizer(config.optim, config.execution.device)
     check_quantisation(config.model)
     device = pick_device(config.execution.device)
-    budget = budgets.checked_before_loading(config, device)
+    budget = budgets.checked_before_loading(config, problems, device)
 
     with capped(device, budget):
         session, state, longest = _open(folder, config, problems, scorer, quiet=quiet)
@@ -136,7 +136,7 @@ def _open(
     """Everything that stays from step to step, the state to go on from, and the longest prompt there is."""
     torch.manual_seed(config.seed)  # the adapter's first weights; everything later draws from hashes of the seed
     policy = budgets.loaded(config)
-    longest = _longest_prompt(config, policy, problems)
+    longest = budgets.longest_prompt(config, policy, problems)
     plan = budgets.planned(config, policy, longest)
     optimizer = build_optimizer(policy.trained().values(), config.optim)
     last = checkpoint.latest(folder)
@@ -246,22 +246,6 @@ def _roll_out(session: Session, state: State) -> tuple[list[Rollout], int]:
         num = config.algorithm.replay.completions or sampling.num_completions
         rollouts += rolled(state.replays, num, "sample replays")
     return rollouts, num_cut
-
-
-def _longest_prompt(config: RunConfig, policy: Policy, problems: Sequence[Problem]) -> Prompt:
-    """The longest of the prompts with the longest text: one too long is told now and not in the middle of the run.
-
-    Of data that are made as they are read, the longest of some.
-    """
-    prompts, _ = encode(
-        policy,
-        config.task,
-        longest_problems(problems),
-        config.sampling.max_new_tokens,
-        max_prompt_tokens=config.sampling.max_prompt_tokens,
-        allow_truncated=config.allow_truncated_prompts,
-    )
-    return max(prompts, key=lambda prompt: len(prompt.token_ids))
 
 
 def order(count: int, seed: int, start: int, num: int) -> list[int]:

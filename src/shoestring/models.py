@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import tomllib
 from pathlib import Path
@@ -103,13 +104,31 @@ def _base_name(run: Path, adapter: Path) -> str:
     return name
 
 
-def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Source]:
-    """The base model in evaluation mode on `device`, its tokenizer, and where they came from."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+# What these say when PEFT imports them is of no use to who runs a model without them.
+_CHATTY = ("torchao", "torchao.utils", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "bitsandbytes")
 
-    logging.disable_progress_bar()
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; raises `ConfigError`."""
+    from transformers import AutoTokenizer
+
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     source = locate(settings.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **_options(settings, source))
+    except Exception as error:  # readers of half a dozen formats raise as many kinds
+        raise _load_error(settings.name, error) from error
+    if not tokenizer("1")["input_ids"]:
+        raise ConfigError(
+            f'model is "{settings.name}"', "its tokenizer turns text into nothing", "put tokenizer.json into its folder"
+        )
+    tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of what the model wrote
+    return tokenizer
+
+
+def _options(settings: ModelSettings, source: Source) -> dict[str, Any]:
+    """What transformers' loaders are told."""
     options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     if source.gguf_file:
         if importlib.util.find_spec("gguf") is None:
@@ -117,9 +136,20 @@ def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel
                 f'model is "{settings.name}"', "reading GGUF needs the package gguf", "run: pip install gguf"
             )
         options["gguf_file"] = source.gguf_file
+    return options
+
+
+def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Source]:
+    """The base model in evaluation mode on `device`, its tokenizer, and where they came from."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    source = locate(settings.name)
     check_quantisation(settings)
+    tokenizer = load_tokenizer(settings)
+    options = _options(settings, source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
         model = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=torch_dtype(settings.dtype, device),
@@ -132,11 +162,6 @@ def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel
             _take_end_token(tokenizer, model.config.eos_token_id)
     except Exception as error:  # readers of half a dozen formats raise as many kinds
         raise _load_error(settings.name, error) from error
-    if not tokenizer("1")["input_ids"]:
-        raise ConfigError(
-            f'model is "{settings.name}"', "its tokenizer turns text into nothing", "put tokenizer.json into its folder"
-        )
-    tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of what the model wrote
     if device.type == "cuda":
         _without_plans_for_each_length()
     if settings.dtype == "nf4":

@@ -366,7 +366,7 @@ def _prompt_tokens(config: RunConfig) -> tuple[int, str]:
     limit = config.sampling.max_prompt_tokens
     if limit is not None:
         return limit, ""
-    count = text_tokens(config)
+    count = _text_tokens(config)
     if not count:
         return _ASSUMED_PROMPT, f"prompts are taken to have {_ASSUMED_PROMPT} tokens: set sampling.max_prompt_tokens"
     if config.task.format == "plain":
@@ -374,7 +374,7 @@ def _prompt_tokens(config: RunConfig) -> tuple[int, str]:
     return count + _TEMPLATE_TOKENS, f"prompts have up to about {count + _TEMPLATE_TOKENS} tokens"
 
 
-def text_tokens(config: RunConfig) -> int:
+def _text_tokens(config: RunConfig) -> int:
     """Tokens of the longest prompt's bare text; 0 where the data or the tokenizer are not at hand."""
     try:
         longest, tokenizer = _longest_texts(config), _tokenizer(config)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,29 @@ if TYPE_CHECKING:
     from shoestring.tasks.base import Messages
 
 log = logging.getLogger("shoestring")
+
+
+class Reader(NamedTuple):
+    """What reading prompts takes of a model: before its weights are there, or of a whole policy."""
+
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    context: int | None
+
+    def encode(self, messages: Messages, form: str = "chat", options: dict[str, Any] | None = None) -> tuple[int, ...]:
+        """Token ids of a prompt that ends where the answer starts."""
+        if form == "plain":
+            return tuple(self.tokenizer(plain_text(messages))["input_ids"])  # type: ignore[arg-type]
+        if not self.tokenizer.chat_template:
+            raise ConfigError(
+                f'the tokenizer of model "{self.name}" has no chat template',
+                "the task asks in chat messages",
+                'use an instruction-tuned model, or write task.format = "plain"',
+            )
+        ids = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **(options or {})
+        )
+        return tuple(ids)  # type: ignore[arg-type]
 
 
 class Policy:
@@ -86,18 +109,7 @@ class Policy:
 
     def encode(self, messages: Messages, form: str = "chat", options: dict[str, Any] | None = None) -> tuple[int, ...]:
         """Token ids of a prompt that ends where the answer starts."""
-        if form == "plain":
-            return tuple(self.tokenizer(plain_text(messages))["input_ids"])  # type: ignore[arg-type]
-        if not self.tokenizer.chat_template:
-            raise ConfigError(
-                f'the tokenizer of model "{self.name}" has no chat template',
-                "the task asks in chat messages",
-                'use an instruction-tuned model, or write task.format = "plain"',
-            )
-        ids = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **(options or {})
-        )
-        return tuple(ids)  # type: ignore[arg-type]
+        return Reader(self.tokenizer, self.name, self.context).encode(messages, form, options)
 
     def decode(self, token_ids: tuple[int, ...]) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)  # type: ignore[return-value]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from shoestring.errors import DataError
-from shoestring.policy import Policy
+from shoestring.policy import Policy, Reader
 from shoestring.samplers.base import Engine, Sampling
 from shoestring.tasks.base import Task
 from shoestring.types import Completion, Problem, Prompt
@@ -18,7 +18,7 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    policy: Policy,
+    policy: Policy | Reader,
     task: Task,
     problems: Iterable[Problem],
     max_new_tokens: int,
