@@ -46,29 +46,30 @@ def in_8_bits(parameters: Sequence[nn.Parameter], **options: Any) -> torch.optim
     return (AdamW8bit if compiled else Eager)(parameters, **options, bf16_stochastic_round=True)
 
 
-class _AdamW(torch.optim.Optimizer):
-    """The frame of an AdamW that updates one weight after the other."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], **options: Any):
-        super().__init__(parameters, options)
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, self.state[parameter], group)
-
-    def _update(self, parameter: nn.Parameter, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        raise NotImplementedError
+# Changes a weight by its gradient, its state (empty at first) and the settings of its group.
+Update = Callable[[nn.Parameter, Tensor, dict[str, Any], dict[str, Any]], None]
 
 
-class RoundedAdamW(_AdamW):
+@torch.no_grad()
+def _one_after_the_other(optimizer: torch.optim.Optimizer, update: Update) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                update(parameter, parameter.grad, optimizer.state[parameter], group)
+
+
+class RoundedAdamW(torch.optim.Optimizer):
     """AdamW for bf16 weights: fp32 moments, fp32 arithmetic, and the new weight rounded by chance.
 
     It goes through a weight in tiles, so that its temporaries are small, and draws from the device's own generator:
     whoever wants the same steps again seeds it before each.
     """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], **options: Any):
+        super().__init__(parameters, options)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        _one_after_the_other(self, self._update)
 
     def _update(self, parameter: nn.Parameter, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         if not state:
@@ -83,13 +84,19 @@ class RoundedAdamW(_AdamW):
         state["step"] += 1
 
 
-class HostAdamW(_AdamW):
+class HostAdamW(torch.optim.Optimizer):
     """AdamW that runs on the host: its state, an fp32 copy of the weights included, lies there, and a step brings each
     gradient down and each new weight up (as ZeRO-Offload does, arXiv 2101.06840). Nothing is rounded by chance.
 
     torchao's CPUOffloadOptimizer copies gradients down while the backward pass makes them, so before they are clipped,
     and keeps weights and moments in the type of the weights.
     """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], **options: Any):
+        super().__init__(parameters, options)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        _one_after_the_other(self, self._update)
 
     def _update(self, parameter: nn.Parameter, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         if not state:

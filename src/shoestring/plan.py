@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.budget is None or self.peak + margin(self.work, self.budget) <= self.budget
+        return _fits(self.work, self.peak, self.budget)
 
     @property
     def waves(self) -> int:
@@ -178,6 +178,10 @@ def _step_temporaries(config: RunConfig, shape: Shape, trained: Trained, gpu: bo
 def margin(work: Work, budget: int) -> int:
     """What a budget must leave free for the allocator's rounding."""
     return 24 * 2**20 + budget // 100 if work.gpu else 0
+
+
+def _fits(work: Work, peak: int, budget: int | None) -> bool:
+    return budget is None or peak + margin(work, budget) <= budget
 
 
 # --- choosing the pieces --------------------------------------------------------------------------------------------
@@ -312,7 +316,7 @@ def _phases(work: Work, sizes: Sizes) -> tuple[Phase, ...]:
 def _alternatives(config: RunConfig, work: Work, sizes: Sizes, budget: int | None) -> tuple[Alternative, ...]:
     """The peak under other settings: of the same pieces, or, where the budget is too small for the smallest pieces, the
     least budget."""
-    too_small = budget is not None and _peak(work, sizes) + margin(work, budget) > budget
+    too_small = not _fits(work, _peak(work, sizes), budget)
     found = []
     for overrides, note, pieces in _changes(config, work, sizes):
         values: dict[str, Any] = config.model_dump(exclude_none=True)
