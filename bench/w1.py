@@ -106,8 +106,9 @@ def trl(setting: str, checkpointing: bool, warm: int, tiny: bool) -> dict[str, A
             peaks.append(torch.cuda.max_memory_allocated() if gpu else 0)
             return found
 
-    if gpu:
-        torch.cuda.memory._set_allocator_settings("expandable_segments:False")  # as TRL finds it
+    if gpu:  # as TRL finds them
+        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+        torch.backends.cuda.enable_cudnn_sdp(True)
     with tempfile.TemporaryDirectory() as out:
         trainer = Timed(
             model=str(random_model("tiny" if tiny else "qwen2-1.5b")),

@@ -13,7 +13,7 @@ import torch
 from shoestring import train
 from shoestring.batch import collate
 from shoestring.config import settle
-from shoestring.memory import OutOfMemory, free_bytes, parse_size, total_bytes
+from shoestring.memory import OutOfMemory, capped, free_bytes, parse_size, total_bytes
 from shoestring.optim import backward
 from shoestring.plan import predict
 from shoestring.policy import Policy, load_policy
@@ -98,6 +98,18 @@ def test_no_more_than_the_budget_is_ever_reserved(memory: str) -> None:
     assert 0 < max(line["reserved_bytes"] for line in metrics()) <= parse_size(memory)
     assert torch.cuda.max_memory_reserved() <= parse_size(memory)
     assert torch.empty(2**28, device=CUDA).numel()  # the cap is gone with the run
+
+
+@pytest.mark.parametrize("mib", [101, 118, 139])
+def test_the_cap_holds_to_the_byte(mib: int) -> None:
+    """The allocator maps whole pages: left alone, it would pass its own cap by up to one."""
+    clean()
+    budget, held = mib * 2**20, []
+    with capped(CUDA, budget):
+        with pytest.raises(torch.OutOfMemoryError):
+            while True:
+                held.append(torch.empty(3 * 2**20, dtype=torch.uint8, device=CUDA))
+        assert budget - 45 * 2**20 < torch.cuda.memory_reserved() <= budget
 
 
 def test_memory_that_runs_out_makes_pieces_smaller() -> None:
