@@ -104,11 +104,10 @@ def test_no_more_than_the_budget_is_ever_reserved(memory: str) -> None:
 def test_the_cap_holds_to_the_byte(mib: int) -> None:
     """The allocator maps whole pages: left alone, it would pass its own cap by up to one."""
     clean()
-    budget, held = mib * 2**20, []
+    budget = mib * 2**20
     with capped(CUDA, budget):
         with pytest.raises(torch.OutOfMemoryError):
-            while True:
-                held.append(torch.empty(3 * 2**20, dtype=torch.uint8, device=CUDA))
+            [torch.empty(3 * 2**20, dtype=torch.uint8, device=CUDA) for _ in range(100)]
         assert budget - 45 * 2**20 < torch.cuda.memory_reserved() <= budget
 
 

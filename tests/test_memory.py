@@ -353,7 +353,7 @@ def test_a_budget_that_others_have_taken_is_refused_with_what_is_left(card: Card
 def test_the_allocator_is_held_to_the_budget_while_a_run_lasts(card: Card, fails: bool) -> None:
     try:
         with capped(CUDA, 6 * GIB):
-            assert card.calls[-1] == 0.25
+            assert card.calls[-1] == 0.25 - 20 * 2**20 / (24 * GIB)  # a page below it
             assert "expandable_segments:True" in card.calls
             if fails:
                 raise KeyError
