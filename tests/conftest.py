@@ -12,6 +12,9 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
 torch.set_num_threads(1)
 install_import_hook(
     ["shoestring.loss", "shoestring.heads", "shoestring.samplers.draw", "shoestring.algorithms.base"],

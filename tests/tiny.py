@@ -46,10 +46,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(family: str = "qwen2", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+def random_model(
+    family: str = "qwen2", seed: int = 0, dtype: torch.dtype = torch.float32, sizes: dict[str, Any] | None = None
+) -> Any:
     """A random model; its weights are larger than usual, so that its distributions are far from flat."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES.get(family, {})})
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES.get(family, {}), **(sizes or {})})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from shoestring.samplers.base import Sampling
+from shoestring.samplers.graph import AutoSampler, GraphSampler
 from shoestring.samplers.hf import HfSampler
 
 SAMPLERS: dict[str, type[Any]] = {
+    "auto": AutoSampler,
+    "graph": GraphSampler,
     "hf": HfSampler,
 }
 

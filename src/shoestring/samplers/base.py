@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from pydantic import Field
@@ -32,6 +32,10 @@ class Sampling(Settings):
     memory plan takes the longest prompt of the data."""
     ignore_eos: bool = False
     """Sample `max_new_tokens` whatever comes (for benchmarks)."""
+
+
+Done = Callable[[int, tuple[Completion, ...]], None]
+"""Told of a complete group: the place of its prompt in the call, and its completions."""
 
 
 class Engine(Protocol):

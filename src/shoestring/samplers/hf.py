@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -80,11 +80,7 @@ class HfEngine:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(
-                f"memory ran out while sampling one completion of {least} tokens, its prompt included",
-                "there is no smaller piece of a step",
-                'lower sampling.max_new_tokens, set model.dtype = "nf4", or give more memory',
-            ) from None
+            raise no_room(least) from None
         if fitted < max(asked, least):
             self.wave_tokens = fitted
         return found
@@ -122,7 +118,7 @@ class HfEngine:
     ) -> list[Completion]:
         """A rehearsal takes its first two tokens only, the second one at the last slot."""
         policy = self._policy
-        limit = torch.tensor([max(sampling.max_new_tokens - len(prompts[p].prefix), 1) for p, _ in places])
+        limit = torch.tensor([added_tokens(prompts[p], sampling) for p, _ in places])
         uniform = torch.stack([noise(seed, first + p, g, int(limit.max())) for p, g in places]).to(policy.device)
         logits, cache, mask, position = self._prefill(prompts, [p for p, _ in places], int(limit.max()))
         limit = limit.to(policy.device)
@@ -173,11 +169,13 @@ class HfEngine:
         num_layers = policy.base.config.get_text_config().num_hidden_layers
         cache = SlotCache(num_layers, len(owner), slots + max_new_tokens, slots)
         logits = torch.empty(0)
-        for used in _prefill_chunks(prompts, owner, len(owner) * (slots + max_new_tokens) // PREFILL_SHARE):
+        for used in prompt_chunks(
+            prompts, dict.fromkeys(owner), len(owner) * (slots + max_new_tokens) // PREFILL_SHARE
+        ):
             rows = [slice(owner.index(p), owner.index(p) + owner.count(p)) for p in used]
             sizes = [len(prompts[p].token_ids) for p in used]
             cache.prefill(Span(rows, sizes))
-            found = policy.prefill(*_right_padded(policy, prompts, used), cache)
+            found = policy.prefill(*right_padded(policy, prompts, used), cache)
             if not len(logits):
                 logits = found.new_empty(len(owner), found.shape[1])
             for index, row in enumerate(rows):
@@ -186,9 +184,23 @@ class HfEngine:
         return logits, cache, padding_mask(lengths, slots), lengths
 
 
+def added_tokens(prompt: Prompt, sampling: Sampling) -> int:
+    """Tokens that a completion may get beside a forced prefix; one at least."""
+    return max(sampling.max_new_tokens - len(prompt.prefix), 1)
+
+
+def no_room(tokens: int) -> OutOfMemory:
+    """What is said when one completion of `tokens` tokens is too much."""
+    return OutOfMemory(
+        f"memory ran out while sampling one completion of {tokens} tokens, its prompt included",
+        "there is no smaller piece of a step",
+        'lower sampling.max_new_tokens, set model.dtype = "nf4", or give more memory',
+    )
+
+
 def _slots(prompt: Prompt, sampling: Sampling) -> int:
     """Cache slots of a completion: its prompt, a forced prefix included, and what it may add."""
-    return len(prompt.token_ids) + max(sampling.max_new_tokens - len(prompt.prefix), 1)
+    return len(prompt.token_ids) + added_tokens(prompt, sampling)
 
 
 def _padded(prompts: Sequence[Prompt], places: Sequence[Place], sampling: Sampling) -> int:
@@ -198,10 +210,10 @@ def _padded(prompts: Sequence[Prompt], places: Sequence[Place], sampling: Sampli
     return len(places) * (longest + added)
 
 
-def _prefill_chunks(prompts: Sequence[Prompt], owner: list[int], max_tokens: int) -> list[list[int]]:
+def prompt_chunks(prompts: Sequence[Prompt], used: Iterable[int], max_tokens: int) -> list[list[int]]:
     """The prompts of a wave, in runs of at most `max_tokens` padded tokens, or one alone."""
     chunks: list[list[int]] = []
-    for p in dict.fromkeys(owner):
+    for p in used:
         chunk = [*chunks[-1], p] if chunks else []
         if chunk and len(chunk) * max(len(prompts[q].token_ids) for q in chunk) <= max_tokens:
             chunks[-1] = chunk
@@ -210,7 +222,7 @@ def _prefill_chunks(prompts: Sequence[Prompt], owner: list[int], max_tokens: int
     return chunks
 
 
-def _right_padded(policy: Policy, prompts: Sequence[Prompt], used: list[int]) -> tuple[Tensor, Tensor]:
+def right_padded(policy: Policy, prompts: Sequence[Prompt], used: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Token ids, [P, L], and each prompt's last place, [P]."""
     lengths = torch.tensor([len(prompts[p].token_ids) for p in used])
     ids = torch.zeros(len(used), int(lengths.max()), dtype=torch.int64)
@@ -225,7 +237,7 @@ def _prefill_alike(policy: Policy, prompts: Sequence[Prompt], owner: list[int]) 
 
     used = sorted(set(owner))
     cache = DynamicCache(config=policy.base.config)
-    logits = policy.prefill(*_right_padded(policy, prompts, used), cache)
+    logits = policy.prefill(*right_padded(policy, prompts, used), cache)
     row = torch.tensor([used.index(p) for p in owner], device=policy.device)
     cache.batch_select_indices(row)
     return logits[row], cache

@@ -1,0 +1,244 @@
+"""The kernels of `samplers.operations.Fused`, where shapes are told. Numbers are fp32 between load and store unless
+said otherwise."""
+
+# pyright: basic
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# `Table.info` and `Table.where`, as in that file.
+SLOT = tl.constexpr(0)
+LENGTH = tl.constexpr(1)
+PROMPT = tl.constexpr(2)
+PROMPT_LENGTH = tl.constexpr(3)
+LIMIT = tl.constexpr(4)
+DONE = tl.constexpr(5)
+TOKEN = tl.constexpr(6)
+COLUMNS = tl.constexpr(7)
+
+
+@triton.jit
+def add_norm(x, y, weight, out, x_stride, y_stride, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    value = tl.load(x + row * x_stride + cols, mask, 0.0)
+    if ADD:
+        more = tl.load(y + row * y_stride + cols, mask, 0.0)
+        value = (value.to(tl.float32) + more.to(tl.float32)).to(x.dtype.element_ty)
+        tl.store(x + row * x_stride + cols, value, mask)
+    wide = value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    normed = (wide * scale).to(out.dtype.element_ty).to(tl.float32)
+    gain = tl.load(weight + cols, mask, 0.0).to(tl.float32)
+    tl.store(out + row * width + cols, (gain * normed).to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def swiglu(gate_up, out, stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < width
+    gate = tl.load(gate_up + row * stride + cols, mask, 0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + width + cols, mask, 0.0).to(tl.float32)
+    active = (gate / (1 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * width + cols, (active * up).to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def place(
+    qkv, q_out, info, rows, where, inv_freq, q_norm, k_norm, layer, stride, eps, scaling,
+    HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    own = info + tl.load(rows + b) * COLUMNS
+    slot = tl.load(own + SLOT).to(tl.int64)
+    length = tl.load(own + LENGTH)
+    position = length + tl.load(own + PROMPT_LENGTH)
+    going = tl.load(own + DONE) == 0
+    half: tl.constexpr = D // 2
+    cols = tl.arange(0, half)
+    source = qkv + b * stride + head * D
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    low = tl.load(source + cols)
+    high = tl.load(source + half + cols)
+    if head < HEADS + KV:
+        a = low.to(tl.float32)
+        c = high.to(tl.float32)
+        if NORM:
+            scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(c * c, 0)) / D + eps)
+            gain = q_norm
+            if head >= HEADS:
+                gain = k_norm
+            a = (a * scale).to(dtype).to(tl.float32) * tl.load(gain + cols).to(tl.float32)
+            c = (c * scale).to(dtype).to(tl.float32) * tl.load(gain + half + cols).to(tl.float32)
+            a = a.to(dtype).to(tl.float32)
+            c = c.to(dtype).to(tl.float32)
+        angle = position.to(tl.float32) * tl.load(inv_freq + cols)
+        cos = (tl.cos(angle) * scaling).to(dtype).to(tl.float32)
+        sin = (tl.sin(angle) * scaling).to(dtype).to(tl.float32)
+        low = (a * cos - c * sin).to(dtype)
+        high = (c * cos + a * sin).to(dtype)
+    if head < HEADS:
+        target = q_out + (b * HEADS + head) * D
+        tl.store(target + cols, low)
+        tl.store(target + half + cols, high)
+    else:
+        kind = (head - HEADS) // KV  # 0 keys, 1 values
+        kv = (head - HEADS) % KV
+        slots = tl.load(where + 5)
+        count = tl.load(where + 7)
+        address = tl.load(where + 2 + kind).to(tl.pointer_type(dtype))
+        target = address + (((layer * count + slot) * KV + kv) * slots + length) * D
+        if going:
+            tl.store(target + cols, low)
+            tl.store(target + half + cols, high)
+
+
+@triton.jit
+def attend(
+    q, out, mass, info, rows, where, layer, scale, window,
+    KV: tl.constexpr, REPEAT: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    kv = tl.program_id(1)
+    split = tl.program_id(2)
+    own = info + tl.load(rows + b) * COLUMNS
+    slot = tl.load(own + SLOT).to(tl.int64)
+    length = tl.load(own + LENGTH) + 1
+    prompt = tl.load(own + PROMPT).to(tl.int64)
+    behind = tl.load(own + PROMPT_LENGTH)
+    done = tl.load(own + DONE)
+    dtype: tl.constexpr = q.dtype.element_ty
+    prompt_slots = tl.load(where + 4)
+    own_slots = tl.load(where + 5)
+    prompt_at = (layer * tl.load(where + 6) + prompt) * KV + kv
+    own_at = (layer * tl.load(where + 7) + slot) * KV + kv
+    size: tl.constexpr = dtype.primitive_bitwidth // 8
+    prompt_offset = prompt_at * prompt_slots * (D * size)
+    own_offset = own_at * own_slots * (D * size)
+    prompt_keys = tl.load(where) + prompt_offset
+    prompt_values = tl.load(where + 1) + prompt_offset
+    own_keys = tl.load(where + 2) + own_offset
+    own_values = tl.load(where + 3) + own_offset
+
+    heads = tl.arange(0, PADDED)
+    cols = tl.arange(0, D)
+    real = heads < REPEAT
+    first = (b * KV + kv) * REPEAT
+    query = tl.load(q + (first + heads)[:, None] * D + cols[None, :], real[:, None], 0.0)
+    top = tl.full([PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([PADDED], tl.float32)
+    found = tl.zeros([PADDED, D], tl.float32)
+    prompt_blocks = tl.cdiv(behind, BLOCK)
+    blocks = prompt_blocks + tl.cdiv(length, BLOCK)
+    blocks = tl.where(done == 0, blocks, 0)
+    each = tl.cdiv(blocks, SPLITS)
+    start = split * each
+    stop = tl.minimum(start + each, blocks)
+    for j in range(start, stop):
+        in_prompt = j < prompt_blocks
+        at = tl.where(in_prompt, j, j - prompt_blocks) * BLOCK + tl.arange(0, BLOCK)
+        end = tl.where(in_prompt, behind, length)
+        here = at < end
+        keys_at = tl.where(in_prompt, prompt_keys, own_keys).to(tl.pointer_type(dtype))
+        values_at = tl.where(in_prompt, prompt_values, own_values).to(tl.pointer_type(dtype))
+        key = tl.load(keys_at + at[None, :] * D + cols[:, None], here[None, :], 0.0)
+        value = tl.load(values_at + at[:, None] * D + cols[None, :], here[:, None], 0.0)
+        position = at + tl.where(in_prompt, 0, behind)
+        seen = here & (position > behind + length - 1 - window)
+        score = tl.dot(query, key, input_precision="ieee") * scale
+        score = tl.where(seen[None, :], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        power = tl.exp(score - safe[:, None])
+        decay = tl.exp(top - safe)
+        total = total * decay + tl.sum(power, 1)
+        found = found * decay[:, None] + tl.dot(power.to(dtype), value, input_precision="ieee")
+        top = higher
+    some = tl.where(total == 0, 1.0, total)
+    found = found / some[:, None]
+    if SPLITS == 1:
+        tl.store(out + (first + heads)[:, None] * D + cols[None, :], found.to(dtype), real[:, None])
+    else:
+        spot = (first + heads) * SPLITS + split
+        tl.store(out + spot[:, None] * D + cols[None, :], found, real[:, None])
+        tl.store(mass + spot, tl.where(total == 0, float("-inf"), top + tl.log(some)), real)
+
+
+@triton.jit
+def combine(part, mass, out, D: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    splits = tl.arange(0, PADDED)
+    cols = tl.arange(0, D)
+    real = splits < SPLITS
+    weight = tl.load(mass + at * SPLITS + splits, real, float("-inf"))
+    top = tl.max(weight, 0)
+    weight = tl.exp(weight - tl.where(top == float("-inf"), 0.0, top))
+    weight = weight / tl.maximum(tl.sum(weight, 0), 1e-30)
+    parts = tl.load(part + (at * SPLITS + splits)[:, None] * D + cols[None, :], real[:, None], 0.0)
+    tl.store(out + at * D + cols, tl.sum(parts * weight[:, None], 0).to(out.dtype.element_ty))
+
+
+@triton.jit
+def draw_stats(logits, top, mass, stride, vocab_size, blocks, scale, BLOCK: tl.constexpr):
+    """The largest scaled logit of a block and the sum of e to what they lie below it."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    cols = block * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(logits + row * stride + cols, cols < vocab_size, float("-inf")).to(tl.float32) * scale
+    high = tl.max(value, 0)
+    safe = tl.where(high == float("-inf"), 0.0, high)
+    tl.store(top + row * blocks + block, high)
+    tl.store(mass + row * blocks + block, tl.sum(tl.exp(value - safe), 0))
+
+
+@triton.jit
+def draw_pick(
+    logits, top, mass, token, logprob, uniform, info, rows, stride, vocab_size, blocks, scale, uniform_stride,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The first token at which the summed probability exceeds the row's uniform number: the block, then the token."""
+    b = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + b)
+    place = tl.load(info + row * COLUMNS + LENGTH) + 1
+    number = tl.load(uniform + row * uniform_stride + place)
+    index = tl.arange(0, BLOCKS)
+    high = tl.load(top + b * blocks + index, index < blocks, float("-inf"))
+    highest = tl.max(high, 0)
+    part = tl.load(mass + b * blocks + index, index < blocks, 0.0) * tl.exp(high - highest)
+    sums = tl.cumsum(part.to(tl.float64), 0)
+    total = tl.sum(part.to(tl.float64), 0)
+    wanted = number * total
+    # The last block with mass, where rounding leaves none that exceeds.
+    last = tl.max(tl.where(part > 0, index, 0), 0)
+    block = tl.minimum(tl.min(tl.where(sums > wanted, index, BLOCKS), 0), last)
+    before = tl.sum(tl.where(index < block, part, 0.0).to(tl.float64), 0)
+    cols = block * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(logits + b * stride + cols, cols < vocab_size, float("-inf")).to(tl.float32) * scale
+    power = tl.exp(value - highest)
+    inside = tl.cumsum(power.to(tl.float64), 0) + before
+    last = tl.max(tl.where(power > 0, cols, 0), 0)
+    found = tl.minimum(tl.min(tl.where(inside > wanted, cols, vocab_size), 0), last)
+    chosen = tl.sum(tl.where(cols == found, value, 0.0), 0)
+    tl.store(token + b, found.to(tl.int64))
+    tl.store(logprob + b, chosen - highest - tl.log(total).to(tl.float32))
+
+
+@triton.jit
+def advance(token, logprob, rows, info, tokens, logprobs, ends, stride):
+    b = tl.program_id(0)
+    row = tl.load(rows + b)
+    own = info + row * COLUMNS
+    if tl.load(own + DONE) == 0:
+        place = tl.load(own + LENGTH) + 1
+        drawn = tl.load(token + b)
+        tl.store(tokens + row * stride + place, drawn)
+        tl.store(logprobs + row * stride + place, tl.load(logprob + b))
+        ended = (place + 1 >= tl.load(own + LIMIT)) | (tl.load(ends + drawn) != 0)
+        tl.store(own + LENGTH, place)
+        tl.store(own + TOKEN, drawn.to(tl.int32))
+        tl.store(own + DONE, ended.to(tl.int32))

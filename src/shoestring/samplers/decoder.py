@@ -1,0 +1,300 @@
+"""One decode step over the policy's own weights, without transformers' layers around them.
+
+The products of one input are fused: q, k and v (gate and up) become rows of one storage, of which the model's own
+weights are views, so nothing is copied and nothing else notices. LoRA (arXiv 2106.09685) stays beside the base weights:
+its A matrices are further rows of the same storage, and one thin product adds what they give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shoestring.adapters.base import decoder_layers
+from shoestring.samplers.base import Sampling
+from shoestring.samplers.operations import Fused, Heads, Operations, Plain, Table
+
+if TYPE_CHECKING:
+    from shoestring.policy import Policy
+
+# Families whose layer is: norm, q k v, rotary embedding, attention, o, norm, SwiGLU.
+MODELS = ("qwen2", "qwen3", "llama", "mistral")
+# Rotary embeddings whose frequencies do not change with the length of the text.
+_ROPE = ("default", "linear", "llama3", "yarn")
+# Rows of a storage are padded to this, to keep products on the tensor cores.
+_ALIGNED = 8
+
+
+def unsupported(policy: Policy) -> str:
+    """Why this policy's model has no decode step here; empty if it has one."""
+    base, config = policy.base, policy.base.config
+    if config.model_type not in MODELS:
+        return f'models of type "{config.model_type}" are not among {", ".join(MODELS)}'
+    rope = getattr(base.base_model.rotary_emb, "rope_type", "default")
+    if rope not in _ROPE:
+        return f'its rotary embedding is of type "{rope}"'
+    if config.hidden_act not in ("silu", "swish"):
+        return f'its activation is "{config.hidden_act}"'
+    if type(base.lm_head) is not nn.Linear:
+        return "there is an adapter on its vocabulary matrix"
+    size = base.base_model.layers[0].self_attn.head_dim
+    if 2 * len(base.base_model.rotary_emb.inv_freq) != size:
+        return "its rotary embedding turns a part of each head only"
+    if base.device.type == "cuda" and (size not in (16, 32, 64, 128, 256) or not _has_triton()):
+        return f"its heads have {size} places" if _has_triton() else "Triton is not installed"
+    if base.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"its weights are {base.dtype}"
+    return next((reason for m in _linears(base) if (reason := _odd(m))), "")
+
+
+def _has_triton() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("triton") is not None
+
+
+def _linears(base: Any) -> list[Any]:
+    return [m for layer in base.base_model.layers for name, m in _named(layer)]
+
+
+def _named(layer: Any) -> list[tuple[str, Any]]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        *((name, getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+        *((name, getattr(mlp, name)) for name in ("gate_proj", "up_proj", "down_proj")),
+    ]
+
+
+def _odd(module: Any) -> str:
+    """What is unknown about a linear module, if anything is."""
+    linear = _base(module)
+    if type(linear) is not nn.Linear and type(linear).__name__ != "Linear4bit":
+        return f"a layer holds a {type(linear).__name__}"
+    if linear is module:
+        return ""
+    plain = type(module).__name__ in ("Linear", "Linear4bit") and hasattr(module, "lora_A")
+    names = list(getattr(module, "active_adapters", []))
+    if not plain or len(names) != 1 or getattr(module, "lora_variant", {}) or module.merged:
+        return "its adapter is more than plain LoRA"
+    ups = [module.lora_B[name] for name in names if name in module.lora_B]
+    return "its LoRA has a bias" if any(up.bias is not None for up in ups) else ""
+
+
+def _base(module: Any) -> Any:
+    return module.base_layer if hasattr(module, "base_layer") else module
+
+
+@dataclass(frozen=True)
+class _Thin:
+    """LoRA of one linear module: A [r, in], B [out, r], both as they are trained."""
+
+    down: nn.Parameter
+    up: nn.Parameter
+    scaling: float
+
+
+def _thin(module: Any) -> _Thin | None:
+    names = [name for name in getattr(module, "active_adapters", []) if name in getattr(module, "lora_A", {})]
+    if not names:
+        return None
+    name = names[0]
+    return _Thin(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+
+
+class Product:
+    """One product for the linear modules that share an input: [B, in] -> [B, sum of outs]."""
+
+    def __init__(self, modules: Sequence[Any], dtype: torch.dtype):
+        self._linears = [_base(module) for module in modules]
+        self._thin = [thin for module in modules if (thin := _thin(module)) is not None]
+        self.outs = sum(linear.out_features for linear in self._linears)
+        device, inputs = self._linears[0].weight.device, self._linears[0].in_features
+        ranks = sum(len(thin.down) for thin in self._thin)
+        self._tail = -(-ranks // _ALIGNED) * _ALIGNED
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self._whole = all(type(linear) is nn.Linear for linear in self._linears)
+        bias = [linear.bias for linear in self._linears]
+        self._bias = None
+        if self._whole and bias[0] is not None:
+            self._bias = torch.cat([*(b.detach() for b in bias), torch.zeros(self._tail, **options)])
+        self._weight = self._joined(options) if self._whole else None
+        down = self._weight[self.outs :] if self._weight is not None else torch.zeros(self._tail, inputs, **options)
+        self._down = down
+        self._up = torch.zeros(self.outs, self._tail, **options)
+        self._parts = self._cut(modules)
+
+    def _joined(self, options: dict[str, Any]) -> Tensor:
+        """The storage, [outs + tail, in], whose rows the linear layers' weights become."""
+        weights = [linear.weight for linear in self._linears]
+        if len(weights) == 1 and not self._tail:
+            return weights[0].data
+        joined = torch.zeros(self.outs + self._tail, weights[0].shape[1], **options)
+        start = 0
+        for weight in weights:
+            joined[start : start + len(weight)] = weight.data
+            weight.data = joined[start : start + len(weight)]
+            start += len(weight)
+        return joined
+
+    def _cut(self, modules: Sequence[Any]) -> list[tuple[Tensor, nn.Parameter, Tensor, nn.Parameter, float]]:
+        """Where each adapter's A and B go: (rows of `_down`, A, block of `_up`, B, scaling)."""
+        parts, out, rank = [], 0, 0
+        for module in modules:
+            size = _base(module).out_features
+            thin = _thin(module)
+            if thin is not None:
+                ranks = slice(rank, rank + len(thin.down))
+                parts.append((self._down[ranks], thin.down, self._up[out : out + size, ranks], thin.up, thin.scaling))
+                rank += len(thin.down)
+            out += size
+        return parts
+
+    @property
+    def parts(self) -> list[tuple[Tensor, nn.Parameter, Tensor, nn.Parameter, float]]:
+        return self._parts
+
+    @property
+    def intact(self) -> bool:
+        """Whether the model's weights still lie in the joined storage: `.to()` and `deepcopy` part them."""
+        if self._weight is None:
+            return True
+        start = self._weight.data_ptr()
+        for linear in self._linears:
+            if linear.weight.data_ptr() != start:
+                return False
+            start += linear.weight.numel() * linear.weight.element_size()
+        return True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._weight is not None:
+            whole = F.linear(x, self._weight, self._bias)
+            if not self._tail:
+                return whole
+            found, inner = whole[:, : self.outs], whole[:, self.outs :]
+        else:
+            found = (
+                torch.cat([linear(x) for linear in self._linears], -1)
+                if len(self._linears) > 1
+                else self._linears[0](x)
+            )
+            if not self._tail:
+                return found
+            inner = F.linear(x, self._down)
+        return found.addmm_(inner, self._up.T)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer, as the step needs it."""
+
+    qkv: Product
+    out: Product
+    gate_up: Product
+    down: Product
+    first_norm: Tensor
+    second_norm: Tensor
+    head_norms: tuple[Tensor, Tensor] | None
+    window: int | None
+
+
+class Decoder:
+    """The decode step of one policy."""
+
+    def __init__(self, policy: Policy):
+        base = policy.base
+        config, model = base.config, base.base_model
+        self.device = base.device
+        self.dtype = base.dtype
+        self.operations: Operations = Fused() if self.device.type == "cuda" else Plain()
+        attention = model.layers[0].self_attn
+        rotary = model.rotary_emb
+        self.heads = Heads(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            attention.head_dim,
+            rotary.inv_freq.to(self.device, torch.float32),
+            float(getattr(rotary, "attention_scaling", 1.0)),
+            config.rms_norm_eps,
+        )
+        self._eps = config.rms_norm_eps
+        self._embedding = base.get_input_embeddings().weight
+        self._norm = model.norm.weight
+        self._head = base.lm_head
+        self.layers = [self._layer(layer, index, config) for index, layer in enumerate(decoder_layers(base)[1])]
+        self.hidden_size, self.vocab_size = config.hidden_size, len(self._head.weight)
+        self.sync()
+
+    def _layer(self, layer: Any, index: int, config: Any) -> Layer:
+        named = dict(_named(layer))
+        attention = layer.self_attn
+
+        def product(*names: str) -> Product:
+            return Product([named[name] for name in names], self.dtype)
+
+        norms = (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
+        return Layer(
+            product("q_proj", "k_proj", "v_proj"),
+            product("o_proj"),
+            product("gate_proj", "up_proj"),
+            product("down_proj"),
+            layer.input_layernorm.weight,
+            layer.post_attention_layernorm.weight,
+            norms,
+            _window(config, index),
+        )
+
+    @property
+    def products(self) -> list[Product]:
+        return [p for layer in self.layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+
+    def intact(self) -> bool:
+        return all(product.intact for product in self.products)
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Takes over the adapter's weights as they are now."""
+        parts = [part for product in self.products for part in product.parts]
+        if not parts:
+            return
+        down, a, up, b, scaling = map(list, zip(*parts, strict=True))
+        torch._foreach_copy_(down, [p.data for p in a])
+        torch._foreach_copy_(up, [p.data for p in b])
+        torch._foreach_mul_(up, scaling)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[B, V] from the last norm's output, [B, H]."""
+        return self._head(hidden)
+
+    @torch.no_grad()
+    def step(self, rows: Tensor, table: Table, sampling: Sampling) -> None:
+        """One token more for each of `rows`, [B]."""
+        logits = self.logits(self.hidden(rows, table))
+        token, logprob = self.operations.pick(logits, rows, table, sampling)
+        self.operations.advance(token, logprob, rows, table)
+
+    def hidden(self, rows: Tensor, table: Table) -> Tensor:
+        """Runs each row's next token, writing its keys and values: [B, H] behind the last norm."""
+        do, eps = self.operations, self._eps
+        x = F.embedding(table.info[rows, -1].long(), self._embedding)
+        normed = do.norm(x, self.layers[0].first_norm, eps)
+        for index, layer in enumerate(self.layers):
+            q = do.place(layer.qkv(normed), rows, table, index, self.heads, layer.head_norms)
+            found = layer.out(do.attend(q, rows, table, index, self.heads, layer.window))
+            normed = do.add_norm(x, found, layer.second_norm, eps)
+            found = layer.down(do.swiglu(layer.gate_up(normed)))
+            following = self.layers[index + 1].first_norm if index + 1 < len(self.layers) else self._norm
+            normed = do.add_norm(x, found, following, eps)
+        return normed
+
+
+def _window(config: Any, layer: int) -> int | None:
+    """Tokens that attention reaches back in a layer; None without a limit."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return config.sliding_window if kinds[layer] == "sliding_attention" else None
+    return getattr(config, "sliding_window", None) if config.model_type == "mistral" else None

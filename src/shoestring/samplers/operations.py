@@ -1,0 +1,321 @@
+"""What one decode step does between its matrix products: norms, rotary embedding, cache, attention, draw.
+
+Each operation stands here twice with one signature: `Plain` in torch, which runs anywhere and is the reference, and
+`Fused` in Triton for CUDA. Letters: B rows of the batch, H hidden, D head size, V vocabulary.
+
+A batch names its completions by their place in `Table.info`, so that rows come and go without anything being moved, and
+`Fused` reads where the cache lies from `Table.where`, so that a captured graph outlives the cache's memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shoestring.samplers.base import Sampling
+from shoestring.samplers.draw import draw
+
+# Columns of `Table.info`.
+SLOT, LENGTH, PROMPT, PROMPT_LENGTH, LIMIT, DONE, TOKEN, COLUMNS = range(8)
+# Logits that one program of the draw looks at.
+_DRAW_BLOCK = 4096
+
+
+@dataclass
+class Keys:
+    """Keys and values of a sampling: each prompt once, [2, L, prompts, kv heads, prompt slots, D], and what each
+    completion adds, [2, L, rows, kv heads, own slots, D]."""
+
+    prompt: Tensor
+    own: Tensor
+
+
+@dataclass
+class Table:
+    """The completions of a sampling, R of them and one behind them that stands for none, and where they are at."""
+
+    info: Tensor
+    """[R + 1, COLUMNS] int32: cache slot, tokens of it in the cache, prompt slot and length, limit, whether it has
+    ended, and the token to run next."""
+    tokens: Tensor
+    """[R + 1, T] int64, as drawn."""
+    logprobs: Tensor
+    """[R + 1, T] fp32."""
+    uniform: Tensor
+    """[R + 1, T] fp64, the noise of each draw."""
+    ends: Tensor
+    """Whether a token ends a completion, [V] bool."""
+    where: Tensor
+    """[8] int64: addresses of prompt keys, prompt values, own keys and own values; then their sizes."""
+    keys: Keys | None = None
+
+    @classmethod
+    def empty(cls, rows: int, width: int, vocab_size: int, device: torch.device) -> Table:
+        """For so many completions of up to `width` tokens."""
+        info = torch.zeros(rows + 1, COLUMNS, dtype=torch.int32, device=device)
+        info[rows, DONE] = 1
+        shape = (rows + 1, width)
+        return cls(
+            info,
+            torch.zeros(shape, dtype=torch.int64, device=device),
+            torch.zeros(shape, dtype=torch.float32, device=device),
+            torch.zeros(shape, dtype=torch.float64, device=device),
+            torch.zeros(vocab_size, dtype=torch.bool, device=device),
+            torch.zeros(8, dtype=torch.int64, device=device),
+        )
+
+    def hold(self, keys: Keys | None) -> None:
+        """Takes this cache in use, or none."""
+        self.keys = keys
+        if keys is None:
+            return
+        sizes = [keys.prompt.shape[4], keys.own.shape[4], keys.prompt.shape[2], keys.own.shape[2]]
+        addresses = [part[kind].data_ptr() for part in (keys.prompt, keys.own) for kind in (0, 1)]
+        self.where.copy_(torch.tensor([*addresses, *sizes]))
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What attention looks like."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inv_freq: Tensor
+    """[D / 2] fp32."""
+    scaling: float
+    """Of the rotary embedding."""
+    eps: float
+
+
+class Operations(Protocol):
+    """The two of them."""
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMS norm (arXiv 1910.07467) of [B, H]."""
+        ...
+
+    def add_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x += y, and the norm of that. [B, H] each; `y` may be a view with longer rows."""
+        ...
+
+    def place(
+        self, qkv: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, norms: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Normed (if `norms` of q and k are given) and rotated queries, [B, heads, D], from [B, (heads + 2 kv) D]; keys
+        and values go to the cache."""
+        ...
+
+    def attend(self, q: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, window: int | None) -> Tensor:
+        """Attention of each row's query over its prompt and its own tokens: [B, heads D]."""
+        ...
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) up, [B, I], of [B, 2 I]."""
+        ...
+
+    def pick(self, logits: Tensor, rows: Tensor, table: Table, sampling: Sampling) -> tuple[Tensor, Tensor]:
+        """The next token of each row, [B] int64, and its log-prob, [B] fp32, from logits, [B, V]."""
+        ...
+
+    def advance(self, token: Tensor, logprob: Tensor, rows: Tensor, table: Table) -> None:
+        """Writes down what was drawn; ends rows at an end token or their limit. Ended rows stay as they are."""
+        ...
+
+
+class Plain:
+    """Plain torch: the reference, and what runs on the CPU."""
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float() if x.dtype != torch.float64 else x
+        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    def add_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self.norm(x.add_(y), weight, eps)
+
+    def place(
+        self, qkv: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, norms: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        assert table.keys is not None
+        count, kv = heads.heads, heads.kv_heads
+        q, k, v = qkv.unflatten(-1, (-1, heads.head_dim)).split([count, kv, kv], 1)
+        if norms is not None:
+            q, k = self.norm(q, norms[0], heads.eps), self.norm(k, norms[1], heads.eps)
+        info = table.info[rows].long()
+        angle = (info[:, PROMPT_LENGTH] + info[:, LENGTH])[:, None] * heads.inv_freq
+        cos, sin = ((f * heads.scaling).to(q.dtype).repeat(1, 2)[:, None] for f in (angle.cos(), angle.sin()))
+        own = table.keys.own[:, layer]
+        going = info[:, DONE] == 0
+        slot, length = info[going, SLOT], info[going, LENGTH]
+        own[0, slot, :, length] = _rotated(k, cos, sin)[going]
+        own[1, slot, :, length] = v[going]
+        return _rotated(q, cos, sin)
+
+    def attend(self, q: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, window: int | None) -> Tensor:
+        assert table.keys is not None
+        info = table.info[rows].long()
+        behind, length = info[:, PROMPT_LENGTH], info[:, LENGTH] + 1
+        wide, deep = int(behind.max()), int(length.max())
+        prompt = table.keys.prompt[:, layer, :, :, :wide][:, info[:, PROMPT]]
+        own = table.keys.own[:, layer, :, :, :deep][:, info[:, SLOT]]
+        keys, values = torch.cat([prompt, own], 3)
+        place = torch.arange(wide + deep, device=q.device)
+        place = torch.where(place < wide, place, place - wide)[None]
+        first = torch.arange(wide + deep, device=q.device)[None] < wide
+        position = torch.where(first, place, place + behind[:, None])
+        seen = torch.where(first, place < behind[:, None], place < length[:, None])
+        if window is not None:
+            seen &= position > (behind + length)[:, None] - 1 - window
+        found = F.scaled_dot_product_attention(
+            q[:, :, None], keys, values, attn_mask=seen[:, None, None], enable_gqa=heads.heads != heads.kv_heads
+        )
+        return found.flatten(1)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+
+    def pick(self, logits: Tensor, rows: Tensor, table: Table, sampling: Sampling) -> tuple[Tensor, Tensor]:
+        return draw(logits, table.uniform[rows, _next(table, rows)], sampling)
+
+    def advance(self, token: Tensor, logprob: Tensor, rows: Tensor, table: Table) -> None:
+        info = table.info[rows]
+        going = info[:, DONE] == 0
+        place = _next(table, rows)
+        table.tokens[rows, place] = torch.where(going, token, table.tokens[rows, place])
+        table.logprobs[rows, place] = torch.where(going, logprob, table.logprobs[rows, place])
+        ended = table.ends[token] | (place + 1 >= info[:, LIMIT])
+        info[:, LENGTH] += going
+        info[:, TOKEN] = torch.where(going, token.int(), info[:, TOKEN])
+        info[:, DONE] |= (ended & going).int()
+        table.info[rows] = info
+
+
+def _next(table: Table, rows: Tensor) -> Tensor:
+    """The place in its completion of each row's next token, [B]. (-1 tokens are in the cache before the first is
+    drawn.)"""
+    return (table.info[rows, LENGTH] + 1).long()
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return x * cos + torch.cat([-high, low], -1) * sin
+
+
+class Fused:
+    """Triton, for CUDA. Attention is cut into `splits` parts of each row's tokens where rows are few."""
+
+    def __init__(self, programs: int = 264):
+        """`programs` is how many keep the card busy: two a multiprocessor."""
+        self._programs = programs
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._norm(x, x, weight, eps, add=False)
+
+    def add_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._norm(x, y, weight, eps, add=True)
+
+    def _norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float, *, add: bool) -> Tensor:
+        out = torch.empty_like(x)
+        count, width = x.shape
+        block = _power(width)
+        kernels().add_norm[(count,)](
+            x,
+            y,
+            weight,
+            out,
+            x.stride(0),
+            y.stride(0),
+            width,
+            eps,
+            ADD=add,
+            BLOCK=block,
+            num_warps=8 if block > 1024 else 4,
+        )
+        return out
+
+    def place(
+        self, qkv: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, norms: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        q = qkv.new_empty(len(qkv), heads.heads, heads.head_dim)
+        first, second = norms if norms is not None else (heads.inv_freq, heads.inv_freq)
+        kernels().place[(len(qkv), heads.heads + 2 * heads.kv_heads)](
+            qkv, q, table.info, rows, table.where, heads.inv_freq, first, second, layer, qkv.stride(0), heads.eps,
+            heads.scaling, HEADS=heads.heads, KV=heads.kv_heads, D=heads.head_dim, NORM=norms is not None, num_warps=1,
+        )  # fmt: skip
+        return q
+
+    def attend(self, q: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, window: int | None) -> Tensor:
+        count, d = len(q), heads.head_dim
+        block = 64 if q.element_size() == 2 else 32
+        splits = self._splits(count * heads.kv_heads, table, block)
+        out = q.new_empty(count, heads.heads * d)
+        part = q.new_empty((count, heads.heads, splits, d), dtype=torch.float32) if splits > 1 else out
+        mass = q.new_empty((count, heads.heads, splits), dtype=torch.float32) if splits > 1 else out
+        repeat = heads.heads // heads.kv_heads
+        kernels().attend[(count, heads.kv_heads, splits)](
+            q, part, mass, table.info, rows, table.where, layer, d**-0.5, 2**30 if window is None else window,
+            KV=heads.kv_heads, REPEAT=repeat, PADDED=max(_power(repeat), 16), D=d, BLOCK=block, SPLITS=splits,
+            num_warps=4, num_stages=3 if q.element_size() == 2 else 2,
+        )  # fmt: skip
+        if splits > 1:
+            kernels().combine[(count, heads.heads)](part, mass, out, D=d, SPLITS=splits, PADDED=_power(splits))
+        return out
+
+    def _splits(self, programs: int, table: Table, block: int) -> int:
+        """Parts of each row's tokens, by the longest that it can get."""
+        longest = table.tokens.shape[1] // block + 2
+        return max(min(self._programs // max(programs, 1), longest, 16), 1)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        count, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(count, width)
+        kernels().swiglu[(count, -(-width // 1024))](gate_up, out, gate_up.stride(0), width, BLOCK=1024, num_warps=4)
+        return out
+
+    def pick(self, logits: Tensor, rows: Tensor, table: Table, sampling: Sampling) -> tuple[Tensor, Tensor]:
+        if sampling.temperature == 0 or sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+            return Plain().pick(logits, rows, table, sampling)
+        count, vocab_size = logits.shape
+        blocks = -(-vocab_size // _DRAW_BLOCK)
+        top, mass = logits.new_empty((2, count, blocks), dtype=torch.float32)
+        token = torch.empty(count, dtype=torch.int64, device=logits.device)
+        logprob = torch.empty(count, dtype=torch.float32, device=logits.device)
+        sizes = (logits.stride(0), vocab_size, blocks, 1 / sampling.temperature)
+        kernels().draw_stats[(count, blocks)](logits, top, mass, *sizes, BLOCK=_DRAW_BLOCK, num_warps=4)
+        kernels().draw_pick[(count,)](
+            logits, top, mass, token, logprob, table.uniform, table.info, rows, *sizes, table.uniform.stride(0),
+            BLOCK=_DRAW_BLOCK, BLOCKS=_power(blocks), num_warps=8,
+        )  # fmt: skip
+        return token, logprob
+
+    def advance(self, token: Tensor, logprob: Tensor, rows: Tensor, table: Table) -> None:
+        kernels().advance[(len(rows),)](
+            token,
+            logprob,
+            rows,
+            table.info,
+            table.tokens,
+            table.logprobs,
+            table.ends,
+            table.tokens.stride(0),
+            num_warps=1,
+        )
+
+
+def _power(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+@cache
+def kernels() -> Any:
+    """The compiled kernels' module, imported at their first use: it needs Triton."""
+    from shoestring.kernels import decode
+
+    return decode

@@ -1,0 +1,190 @@
+"""The kernels of a decode step against plain torch: on a GPU as compiled, elsewhere in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+from shoestring.samplers import Sampling
+from shoestring.samplers.graph import GraphEngine
+from shoestring.samplers.operations import Fused, Heads, Keys, Plain, Table
+from tiny import prompt, random_policy
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs the package triton", allow_module_level=True)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found, wanted, atol=CLOSE[found.dtype], rtol=CLOSE[found.dtype])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("width", [48, 1536])
+def test_norms(dtype: torch.dtype, width: int) -> None:
+    x, weight = normal(5, width, dtype=dtype), normal(width, seed=1, dtype=dtype)
+    y = normal(5, width + 8, seed=2, dtype=dtype)[:, :width]  # a view, as behind a product with an adapter's rows
+    close(Fused().norm(x, weight, 1e-6), Plain().norm(x, weight, 1e-6))
+    a, b = x.clone(), x.clone()
+    close(Fused().add_norm(a, y, weight, 1e-6), Plain().add_norm(b, y, weight, 1e-6))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_swiglu(dtype: torch.dtype) -> None:
+    x = normal(3, 2 * 1100 + 16, dtype=dtype)[:, : 2 * 1100]
+    close(Fused().swiglu(x), Plain().swiglu(x))
+
+
+def table(rows: int, width: int, vocab_size: int = 50) -> Table:
+    made = Table.empty(rows, width, vocab_size, torch.device(DEVICE))
+    made.uniform.copy_(torch.rand(made.uniform.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
+    return made
+
+
+def filled(dtype: torch.dtype, heads: Heads) -> tuple[Table, Table]:
+    """Two tables over the same cache contents: five completions of three prompts, one of them ended."""
+    tables = []
+    for _ in range(2):
+        made = table(6, 40)
+        info = [[3, 0, 1, 70, 40, 0, 9], [0, 39, 0, 1, 40, 0, 8], [1, 12, 2, 33, 40, 1, 7], [4, 31, 2, 33, 40, 0, 6],
+                [2, 5, 0, 1, 40, 0, 5], [5, 8, 1, 70, 40, 0, 4]]  # fmt: skip
+        made.info[:6] = torch.tensor(info, dtype=torch.int32)
+        size = heads.head_dim
+        made.hold(
+            Keys(
+                normal(2, 2, 3, heads.kv_heads, 70, size, seed=3, dtype=dtype),
+                normal(2, 2, 6, heads.kv_heads, 40, size, seed=4, dtype=dtype),
+            )
+        )
+        tables.append(made)
+    return tables[0], tables[1]
+
+
+def heads_of(count: int, kv: int, size: int) -> Heads:
+    return Heads(count, kv, size, normal(size // 2, seed=8).abs(), 1.1, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("norm", [False, True])
+def test_place(dtype: torch.dtype, norm: bool) -> None:
+    heads = heads_of(6, 2, 16)
+    a, b = filled(dtype, heads)
+    rows = torch.tensor([5, 0, 3, 2, 6], device=DEVICE)
+    qkv = normal(5, 10 * 16 + 8, dtype=dtype)[:, : 10 * 16]
+    norms = (normal(16, seed=1, dtype=dtype), normal(16, seed=2, dtype=dtype)) if norm else None
+    found, wanted = Fused().place(qkv, rows, a, 1, heads, norms), Plain().place(qkv, rows, b, 1, heads, norms)
+    close(found, wanted)
+    assert a.keys is not None
+    assert b.keys is not None
+    close(a.keys.own, b.keys.own)
+    close(a.keys.prompt, b.keys.prompt)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("programs", [1, 64])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(("count", "kv"), [(6, 2), (4, 4), (40, 2)])
+def test_attention(dtype: torch.dtype, programs: int, window: int | None, count: int, kv: int) -> None:
+    """In one part and in several."""
+    heads = heads_of(count, kv, 16)
+    one, _ = filled(dtype, heads)
+    rows = torch.tensor([5, 0, 3, 1, 4], device=DEVICE)
+    q = normal(5, count, 16, seed=9, dtype=dtype)
+    wanted = Plain().attend(q, rows, one, 1, heads, window)
+    close(Fused(programs).attend(q, rows, one, 1, heads, window), wanted)
+
+
+@pytest.mark.parametrize("programs", [1, 64])
+def test_rows_that_stand_for_none_give_numbers(programs: int) -> None:
+    heads = heads_of(6, 2, 16)
+    one, _ = filled(torch.float32, heads)
+    found = Fused(programs).attend(normal(2, 6, 16), torch.tensor([2, 6], device=DEVICE), one, 0, heads, None)
+    assert torch.equal(found, torch.zeros_like(found))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("vocab_size", [50, 4096, 9001])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_draws(dtype: torch.dtype, vocab_size: int, temperature: float) -> None:
+    one = table(40, 12)
+    one.info[:40, 1] = torch.arange(40, dtype=torch.int32) % 11 - 1
+    rows = torch.randperm(40, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    logits = normal(40, vocab_size, dtype=dtype) * 3
+    logits[:, ::3] = -torch.inf
+    sampling = Sampling(temperature=temperature)
+    found, logprob = Fused().pick(logits, rows, one, sampling)
+    wanted, wanted_logprob = Plain().pick(logits, rows, one, sampling)
+    assert torch.equal(found, wanted)
+    torch.testing.assert_close(logprob, wanted_logprob, atol=1e-5, rtol=1e-5)
+
+
+def test_the_edges_of_a_draw() -> None:
+    """Uniform numbers at 0, at a token's own edge, and just below 1: a token without mass is never drawn."""
+    one = table(4, 2)
+    one.info[:4, 1] = -1
+    one.uniform[:4, 0] = torch.tensor([0.0, 0.5, 0.4999999, 1 - 2**-53], dtype=torch.float64)
+    logits = torch.full((4, 9000), -torch.inf, device=DEVICE)
+    logits[:, [7, 8500]] = 0.0
+    found, logprob = Fused().pick(logits, torch.arange(4, device=DEVICE), one, Sampling())
+    assert found.tolist() == [7, 8500, 7, 8500]
+    torch.testing.assert_close(logprob.cpu(), torch.full((4,), 0.5).log())
+
+
+def test_draws_follow_the_distribution() -> None:
+    """Chi-square over 4,000 draws of 8 tokens: 7 degrees of freedom, so above 24.3 once in a thousand."""
+    count = 4_000 if DEVICE == "cpu" else 40_000
+    one = table(count, 1)
+    one.info[:count, 1] = -1
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, 0.2], device=DEVICE)
+    token, _ = Fused().pick(
+        logits.expand(count, -1).contiguous(), torch.arange(count, device=DEVICE), one, Sampling(temperature=0.8)
+    )
+    wanted = (logits / 0.8).softmax(-1)
+    seen = torch.bincount(token, minlength=8)
+    assert float(((seen - count * wanted) ** 2 / (count * wanted)).sum()) < 24.3
+
+
+def test_advance() -> None:
+    a, b = table(4, 6), table(4, 6)
+    for one in (a, b):
+        one.info[:4] = torch.tensor(
+            [[0, -1, 0, 3, 6, 0, 0], [1, 2, 0, 3, 4, 0, 9], [2, 1, 0, 3, 6, 1, 8], [3, 0, 0, 3, 6, 0, 7]]
+        ).int()
+        one.ends[[13, 20]] = True
+    token = torch.tensor([5, 6, 7, 20], device=DEVICE)
+    logprob = torch.tensor([-0.1, -0.2, -0.3, -0.4], device=DEVICE)
+    rows = torch.tensor([0, 1, 2, 3], device=DEVICE)
+    Fused().advance(token, logprob, rows, a)
+    Plain().advance(token, logprob, rows, b)
+    for name in ("info", "tokens", "logprobs"):
+        assert torch.equal(getattr(a, name), getattr(b, name))
+    assert a.info[:4, 5].tolist() == [0, 1, 1, 1]  # goes on, at its limit, ended before, an end token
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_a_whole_sampling(family: str) -> None:
+    policy: Any = random_policy(family, adapter={"modules": "all-linear"}, sizes={"hidden_size": 64, "head_dim": 16})
+    (policy.adapted or policy.base).to(DEVICE)
+    prompts = [prompt(n, n) for n in (3, 9)]
+    sampling = Sampling(max_new_tokens=5)
+    engine = GraphEngine(policy)
+    engine._steps.decoder.operations = Plain()
+    wanted = engine.sample(prompts, num=2, sampling=sampling, seed=4)
+    engine._steps.drop()
+    engine._steps.decoder.operations = Fused()
+    found = engine.sample(prompts, num=2, sampling=sampling, seed=4)
+    for a, b in zip(found, wanted, strict=True):
+        assert [c.token_ids for c in a] == [c.token_ids for c in b]
+        for c, d in zip(a, b, strict=True):
+            torch.testing.assert_close(torch.tensor(c.logprobs), torch.tensor(d.logprobs), atol=1e-4, rtol=0)
