@@ -33,6 +33,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 600,
         "tie_word_embeddings": True,
     },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49_152,
+        "tie_word_embeddings": True,
+    },
     "qwen2-0.5b": {
         "hidden_size": 896,
         "intermediate_size": 4864,
@@ -64,18 +74,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def random_model(shape: str) -> Path:
-    """A folder with a Qwen2 model of that shape in bf16 and the embedded model's tokenizer; made once."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    """A folder with a model of that shape in bf16 and the embedded model's tokenizer; made once."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     memory_disk = Path("/dev/shm")
     folder = (memory_disk if memory_disk.is_dir() else Path(tempfile.gettempdir())) / f"shoestring-bench-{shape}"
     if (folder / "done").is_file():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
-    config = Qwen2Config(**SHAPES[shape], max_position_embeddings=32_768, eos_token_id=257, pad_token_id=256)
+    common = {"max_position_embeddings": 32_768, "eos_token_id": 257, "pad_token_id": 256}
+    config = AutoConfig.for_model(**{"model_type": "qwen2", **common, **SHAPES[shape]})
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     for file in TINY.glob("*token*"):
         shutil.copy(file, folder)

@@ -161,7 +161,7 @@ def sample(
     policy = _policy(model)
     asked = [problems[i] for i in range(min(num, len(problems)))]
     prompts, _ = encode(policy, chosen, asked, sampling.max_new_tokens, allow_truncated=allow_truncated_prompts)
-    engine = SAMPLERS["hf"]().open(policy)
+    engine = SAMPLERS["auto"]().open(policy)
     for rollout in roll_out(policy, engine, prompts, num=completions, sampling=sampling, seed=seed):
         problem = rollout.prompt.problem
         print(f"=== {problem.question}" + (f"   [{problem.answer}]" if problem.answer else ""))
@@ -293,7 +293,7 @@ def _evaluated(policy: Policy, task: Task, settings: EvalSettings, *, show: bool
     from shoestring.evaluation import evaluate as run_evaluation
     from shoestring.samplers import SAMPLERS
 
-    engine = SAMPLERS["hf"]().open(policy)
+    engine = SAMPLERS["auto"]().open(policy)
     console = Console(stderr=True)
     with Progress(console=console, disable=not (show and console.is_terminal), transient=True) as bar:
         job = bar.add_task("evaluating")

@@ -105,8 +105,8 @@ class RunConfig(Settings):
     adapter: Annotated[Any, BeforeValidator(partial(pick, ADAPTERS, "adapter", default="lora"))] = Field(
         default={"name": "lora"}
     )
-    sampler: Annotated[Any, BeforeValidator(partial(pick, SAMPLERS, "sampler", default="hf"))] = Field(
-        default={"name": "hf"}
+    sampler: Annotated[Any, BeforeValidator(partial(pick, SAMPLERS, "sampler", default="auto"))] = Field(
+        default={"name": "auto"}
     )
     sampling: Sampling = Sampling()
     optim: OptimSettings = OptimSettings()
@@ -185,7 +185,7 @@ class RunConfig(Settings):
 
 
 # The entry that a table without `name` holds settings of.
-DEFAULTS = {"task": "multiplication", "algorithm": "s-grpo", "adapter": "lora", "sampler": "hf"}
+DEFAULTS = {"task": "multiplication", "algorithm": "s-grpo", "adapter": "lora", "sampler": "auto"}
 
 
 def settle(values: Mapping[str, Any]) -> RunConfig:
