@@ -54,7 +54,9 @@ class Engine(Protocol):
         ...
 
     def sync(self, policy: Policy) -> None:
-        """Told after each optimizer step that the policy's weights changed."""
+        """Told after each optimizer step that the policy's weights changed. An engine with weights of its own takes the
+        adapter here, and keeps it beside them: merged, it would be rounded away. Until then it samples with the one
+        before."""
         ...
 
 
@@ -62,5 +64,11 @@ class Sampler(Protocol):
     """The settings of a sampler, which opens it for a policy."""
 
     name: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether it draws from the policy itself, its log-probs being the training forward's up to rounding. Otherwise
+        `objective.importance_correction` makes up for the difference."""
+        ...
 
     def open(self, policy: Policy, wave_tokens: int | None = None) -> Engine: ...
