@@ -1,3 +1,5 @@
+"""A sampler with weights of its own: docs/extending.md shows this file as it stands."""
+
 from __future__ import annotations
 
 import copy

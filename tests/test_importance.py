@@ -23,7 +23,7 @@ from tiny import VOCAB, prompt, random_policy
 MODES = ("token-truncate", "token-mask", "sequence-truncate", "sequence-mask")
 
 
-def objective(correction: str, cap: float = 3.0, **changes: Any) -> Objective:
+def objective(correction: Any, cap: float = 3.0, **changes: Any) -> Objective:
     settings = {"beta": 0.0, "clip_low": 0.2, "clip_high": 0.2, "updates": 1, "l2": 0.0, **changes}
     return Objective(**settings, importance_correction=correction, importance_cap=cap)
 

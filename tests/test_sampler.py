@@ -126,7 +126,7 @@ def trained_logprobs(policy: Policy, asked: Prompt, completion: Completion, temp
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "top_k": 5}])
-def test_log_probs_are_the_training_forwards_up_to_what_is_stated(name: str, changes: dict[str, float]) -> None:
+def test_log_probs_are_the_training_forwards_up_to_what_is_stated(name: str, changes: dict[str, Any]) -> None:
     policy, sampling = random_policy(), Sampling(max_new_tokens=10, **changes)
     gaps = []
     for p, group in zip(PROMPTS, opened(name, policy).sample(PROMPTS, num=4, sampling=sampling, seed=1), strict=True):

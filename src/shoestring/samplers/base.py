@@ -37,9 +37,11 @@ class Sampling(Settings):
 class Engine(Protocol):
     """A sampler at work for one policy."""
 
-    wave_tokens: int | None
-    """Most cache slots (rows times the longest of them) that a wave may hold; None takes everything at once. Lowered
-    for good when a wave runs out of memory."""
+    @property
+    def wave_tokens(self) -> int | None:
+        """Most cache slots (rows times the longest of them) that a wave may hold; None takes everything at once.
+        Lowered for good when a wave runs out of memory."""
+        ...
 
     def sample(
         self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, seed: int, first: int = 0
