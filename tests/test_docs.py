@@ -68,6 +68,11 @@ def test_the_examples_of_adding_one_work_as_they_stand(monkeypatch: pytest.Monke
     assert credit.advantage.tolist() == pytest.approx([1, 1, -0.5, -0.5, -0.5, -0.5])
 
 
+def test_the_engine_in_the_docs_is_the_tested_one() -> None:
+    file = (ROOT / "tests" / "fake_engine.py").read_text()
+    assert f"```python\n{file}```" in (ROOT / "docs" / "extending.md").read_text()
+
+
 def test_the_readme_names_every_table_entry() -> None:
     text = (ROOT / "README.md").read_text()
     for name in [*ALGORITHMS, *TASKS]:

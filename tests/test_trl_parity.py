@@ -142,7 +142,7 @@ def their_gradient(trainer, inputs, loss_type, beta):
     )
 
 
-def our_gradient(adapted, tokenizer, completions, old, loss_type, beta, on_policy):
+def our_gradient(adapted, tokenizer, completions, old, loss_type, beta, on_policy, **correction):
     groups = [
         Group(
             Prompt(Problem(f"p{g}", "", ""), PROMPTS[g], len(PROMPTS[g])),
@@ -157,8 +157,8 @@ def our_gradient(adapted, tokenizer, completions, old, loss_type, beta, on_polic
     algorithm = ALGORITHMS["grpo"](**OURS[loss_type])
     credits = [algorithm.credit(group, torch.Generator()) for group in groups]
     policy = Policy(adapted.get_base_model(), tokenizer, adapted)
-    objective = Objective(beta=beta, clip_low=0.2, clip_high=0.2, updates=1, l2=0.0)
-    losses, clipped = [], 0
+    objective = Objective(beta=beta, clip_low=0.2, clip_high=0.2, updates=1, l2=0.0, **correction)
+    losses, clipped, capped = [], 0, 0
     for batch in collate(groups, credits, normalise=algorithm.normalise, beta=beta, max_tokens=40):
         reference = None
         if beta:
@@ -169,8 +169,10 @@ def our_gradient(adapted, tokenizer, completions, old, loss_type, beta, on_polic
         report = objective_loss(logprob, before, reference, batch, objective)
         losses.append(report.loss)
         clipped += report.clipped.item()
+        capped += report.capped.item()
     assert len(losses) > 1
     assert (clipped == 0) == on_policy
+    assert (capped > 0) == bool(correction)
     return gradient(adapted, losses)
 
 
@@ -194,7 +196,44 @@ def test_grpo_has_the_loss_and_the_gradients_of_trl(
         adapted, tokenizer, completions, padded["old_per_token_logps"], loss_type, beta, on_policy
     )
     assert ours == pytest.approx(theirs, abs=1e-6)
-    assert our_gradients.keys() == their_gradients.keys()
-    assert max(grad.abs().max() for grad in their_gradients.values()) > 1e-3
-    for name, grad in their_gradients.items():
-        torch.testing.assert_close(our_gradients[name], grad, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same(our_gradients, their_gradients)
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert max(grad.abs().max() for grad in theirs.values()) > 1e-3
+    for name, grad in theirs.items():
+        torch.testing.assert_close(ours[name], grad, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def corrected_inputs(trainer, completions, sampler_logprobs, monkeypatch):
+    """What TRL makes of completions that vLLM is said to have sampled, its own correction included."""
+    rows = [row for group in completions for row in group]
+    logprobs = [sampler_logprobs[i, : len(row)].tolist() for i, row in enumerate(rows)]
+    prompts = [list(prompt) for prompt in PROMPTS for _ in range(4)]
+    texts = [""] * len(rows)
+    sampled = (prompts, list(map(list, rows)), None, texts, logprobs, {}, None, None)
+    monkeypatch.setattr(trainer, "_generate", lambda _: sampled)
+    padding = copy.deepcopy(trainer._tokenizer)
+    padding.pad_token_id = 0  # its own is beyond this model's vocabulary
+    monkeypatch.setattr(trainer, "_tokenizer", padding)
+    return trainer._generate_and_score_completions([{"prompt": "1+1="} for _ in rows])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_importance_corrections_are_those_of_trl(
+    adapted, tokenizer, trainer, completions, padded, mode, beta, monkeypatch
+):
+    settings = {"use_vllm": True, "vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_max": 1.5}
+    for name, value in {**settings, "beta": beta, "vllm_importance_sampling_correction": True}.items():
+        monkeypatch.setattr(trainer, name, value)
+    sampler_logprobs = padded["old_per_token_logps"]
+    inputs = corrected_inputs(trainer, completions, sampler_logprobs, monkeypatch)
+    theirs, their_gradients = their_gradient(trainer, inputs, "grpo", beta)
+    correction = {"importance_correction": mode.replace("_", "-"), "importance_cap": 1.5}
+    ours, our_gradients = our_gradient(
+        adapted, tokenizer, completions, sampler_logprobs, "grpo", beta, True, **correction
+    )
+    assert ours == pytest.approx(theirs, abs=1e-6)
+    assert_same(our_gradients, their_gradients)

@@ -130,12 +130,12 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _settle_objective(cls, data: Any) -> Any:
-        """Puts the algorithm's own defaults where `[objective]` says nothing."""
+        """Puts the algorithm's own defaults where `[objective]` says nothing, and the sampler's."""
         if not isinstance(data, dict):
             return data
         algorithm = pick(ALGORITHMS, "algorithm", data.get("algorithm", {}), "s-grpo")
         given = data.get("objective") or {}
-        given = given.model_dump() if isinstance(given, Objective) else given
+        given = given.model_dump(exclude_unset=True) if isinstance(given, Objective) else given
         if not isinstance(given, Mapping):
             raise ConfigError(
                 f"objective is {given!r}", "it is a table", "write [objective] with keys such as beta = 0.04"
@@ -143,7 +143,11 @@ class RunConfig(Settings):
         defaults = algorithm.objective._asdict()
         if pick(ADAPTERS, "adapter", data.get("adapter", {}), "lora").name == "none":
             defaults["l2"] = 0.0  # an adapter of 0 is the base model; a model of 0 is none
-        return {**data, "objective": {**defaults, **given}}
+        exact = pick(SAMPLERS, "sampler", data.get("sampler", {}), "auto").exact
+        settled = {**defaults, "importance_correction": "auto", **given}
+        if settled["importance_correction"] == "auto":
+            settled["importance_correction"] = "none" if exact else "token-truncate"
+        return {**data, "objective": settled}
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:

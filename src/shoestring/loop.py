@@ -322,6 +322,8 @@ def _step_report(session: Session, state: State, done: Done, clock: Clock) -> St
         wave_tokens=state.wave_tokens,
         micro_batch_tokens=state.pieces.micro_batch_tokens,
         checkpointing=state.pieces.checkpointing,
+        importance_mean=result.importance_mean,
+        importance_capped=result.importance_capped,
     )
 
 

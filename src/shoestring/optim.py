@@ -88,6 +88,8 @@ class UpdateReport(NamedTuple):
     sampler_gap: float
     applied: bool
     culprits: tuple[str, ...] = ()
+    importance_mean: float = 1.0
+    importance_capped: float = 0.0
 
 
 def update(
@@ -111,7 +113,7 @@ def update(
     report = UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False)
     for number in range(objective.updates):
         sums = [backward(policy, batches, i, old, objective, temperature, checkpointing) for i in range(len(batches))]
-        loss, kl, clipped, gap = (sum(column) for column in zip(*sums, strict=True))
+        loss, kl, clipped, gap, importance, capped = (sum(column) for column in zip(*sums, strict=True))
         unscale(parameters, _scale(policy))
         if objective.l2:
             penalty = l2_loss(parameters, objective.l2)
@@ -124,7 +126,16 @@ def update(
             return report._replace(loss=loss, grad_norm=norm, applied=number > 0, culprits=culprits)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        report = UpdateReport(loss, norm, kl, clipped / tokens, report.sampler_gap, applied=True)
+        report = UpdateReport(
+            loss,
+            norm,
+            kl,
+            clipped / tokens,
+            report.sampler_gap,
+            applied=True,
+            importance_mean=importance / tokens,
+            importance_capped=capped / tokens,
+        )
         if number == 0:
             report = report._replace(sampler_gap=gap / tokens)
     return report
@@ -138,9 +149,9 @@ def backward(
     objective: Objective,
     temperature: float,
     checkpointing: bool,
-) -> tuple[float, float, float, float]:
-    """One micro-batch forward and backward; fills `old[index]` the first time. Loss, KL, clipped tokens, sampler
-    gap."""
+) -> tuple[float, float, float, float, float, float]:
+    """One micro-batch forward and backward; fills `old[index]` the first time. Loss, KL, clipped tokens, sampler gap,
+    importance weights, capped ones."""
     batch = to_device(batches[index], policy.device)
     reference = None
     if objective.beta:
@@ -154,7 +165,8 @@ def backward(
         found = objective_loss(logprob, before, reference, batch, objective)
         (found.loss * _scale(policy)).backward()
     gap = (logprob.detach() - batch.sampler_logprob).abs().sum()
-    return found.loss.item(), found.kl.item(), found.clipped.item(), gap.item()
+    importance = found.importance.item(), found.capped.item()
+    return found.loss.item(), found.kl.item(), found.clipped.item(), gap.item(), *importance
 
 
 def _scale(policy: Policy) -> float:

@@ -126,7 +126,9 @@ class StepReport:
     CPU), with `peak_bytes` the largest of them and `reserved_bytes` the most that the allocator held.
 
     `wave_tokens`, `micro_batch_tokens` and `checkpointing` are the pieces that the step was done in: lower than planned
-    after a phase that ran out of memory.
+    after a phase that ran out of memory. `sampler_gap` is the mean distance between the sampler's log-probs and the
+    training forward's; `importance_mean` the mean weight that makes up for it, and `importance_capped` the share of
+    tokens whose weight the cap changed.
     """
 
     step: int
@@ -154,3 +156,5 @@ class StepReport:
     wave_tokens: int | None = None
     micro_batch_tokens: int | None = None
     checkpointing: bool = False
+    importance_mean: float = 1.0
+    importance_capped: float = 0.0

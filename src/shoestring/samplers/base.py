@@ -41,9 +41,11 @@ Done = Callable[[int, tuple[Completion, ...]], None]
 class Engine(Protocol):
     """A sampler at work for one policy."""
 
-    wave_tokens: int | None
-    """Most cache slots (rows times the longest of them) that a wave may hold; None takes everything at once. Lowered
-    for good when a wave runs out of memory."""
+    @property
+    def wave_tokens(self) -> int | None:
+        """Most cache slots (rows times the longest of them) that a wave may hold; None takes everything at once.
+        Lowered for good when a wave runs out of memory."""
+        ...
 
     def sample(
         self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, seed: int, first: int = 0
@@ -58,7 +60,9 @@ class Engine(Protocol):
         ...
 
     def sync(self, policy: Policy) -> None:
-        """Told after each optimizer step that the policy's weights changed."""
+        """Told after each optimizer step that the policy's weights changed. An engine with weights of its own takes the
+        adapter here, and keeps it beside them: merged, it would be rounded away. Until then it samples with the one
+        before."""
         ...
 
 
@@ -66,5 +70,11 @@ class Sampler(Protocol):
     """The settings of a sampler, which opens it for a policy."""
 
     name: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether it draws from the policy itself, its log-probs being the training forward's up to rounding. Otherwise
+        `objective.importance_correction` makes up for the difference."""
+        ...
 
     def open(self, policy: Policy, wave_tokens: int | None = None) -> Engine: ...

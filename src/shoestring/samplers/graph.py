@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -35,6 +35,7 @@ class GraphSampler(Settings):
     """Samples with the very weights that are trained: Qwen2, Qwen3, Llama (SmolLM) and Mistral."""
 
     name: Literal["graph"] = "graph"
+    exact: ClassVar[bool] = True
 
     def open(self, policy: Policy, wave_tokens: int | None = None) -> GraphEngine:
         reason = unsupported(policy)
@@ -47,6 +48,7 @@ class AutoSampler(Settings):
     """ "graph" for the models that it knows, else "hf"."""
 
     name: Literal["auto"] = "auto"
+    exact: ClassVar[bool] = True
 
     def open(self, policy: Policy, wave_tokens: int | None = None) -> GraphEngine | HfEngine:
         reason = unsupported(policy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class HfSampler(Settings):
     """Samples with the very weights that are trained; works for any causal model of transformers."""
 
     name: Literal["hf"] = "hf"
+
+    exact: ClassVar[bool] = True
 
     def open(self, policy: Policy, wave_tokens: int | None = None) -> HfEngine:
         return HfEngine(policy, wave_tokens)
