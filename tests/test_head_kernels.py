@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ def test_by_the_interpreter() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", __file__],
+        cwd=Path(__file__).parent.parent,
         env={**environment, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -235,7 +237,7 @@ def test_live_bytes(
     promised = head_bytes(num, vocab, size, dtype.itemsize, kernel=True, **options)
     rows, columns = tile_shape(num, vocab, dtype.itemsize, kernel=True)
     product = (dtype.itemsize < 4) * dtype.itemsize * size * (max(rows, columns) if trained and num > rows else rows)
-    assert 0.9 * promised < live.peak - returned <= 1.05 * (promised + product)
+    assert 0.85 * promised < live.peak - returned <= 1.05 * (promised + product)
 
 
 @pytest.mark.parametrize("size", [896, 1536, 4096])

@@ -5,7 +5,9 @@ A tile is [n, c], in bf16, fp16 or fp32, contiguous; its first column is number 
 fp32 vectors, [n]. With TRITON_INTERPRET=1 the kernels run on CPU tensors.
 """
 
-# Triton reads the annotations of kernels, so they are no strings here.
+# Triton reads the annotations of kernels, so they are no strings here. It is not installed everywhere, and its types do
+# not know the options of a launch:
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 
 import torch
 import triton
