@@ -270,7 +270,9 @@ def on_the_way_back(work: Work, tokens: int, checkpointing: bool) -> int:
 def head(work: Work, scored: int) -> int:
     """The tiled log-probs of `scored` tokens, forward and backward, their hidden states and gradients included."""
     shape = work.shape
-    own = head_bytes(scored, shape.vocab, shape.hidden, work.itemsize, frozen=not work.trained.whole)
+    post = FAMILIES[shape.family].post
+    how = {"frozen": not work.trained.whole, "post": post, "kernel": work.gpu and not post}
+    own = head_bytes(scored, shape.vocab, shape.hidden, work.itemsize, **how)
     return own + 2 * work.itemsize * shape.hidden * scored
 
 

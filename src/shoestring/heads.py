@@ -12,12 +12,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shoestring import kernels
+
 # Elements of a logits tile (32 MiB in fp32), and its rows at most. On an H100 half of it takes twice the time, since
 # launches dominate; twice of it three quarters. Logits of at most 2^20 elements are kept for the backward pass: that
 # takes the memory of a tile, and less time.
 _TILE = 2**23
 _ROWS = 1024
 _KEPT = 2**20
+# With the Triton kernels nothing but the logits themselves takes memory, so a tile has a size in bytes; twice the rows
+# halve how often the vocabulary matrix is read.
+_KERNEL_TILE = 2**25
+_KERNEL_ROWS = 2048
 
 Head = Callable[[Tensor], Tensor]
 
@@ -102,6 +108,7 @@ def selected_logprobs(
 
     Logits exist one tile of rows and vocabulary at a time, in the type of `hidden` (or autocast's); what follows them
     is fp32. The backward pass recomputes each tile from `hidden` and log Z, as in arXiv 2411.09009 and 2410.10989.
+    On a GPU, without `post`, two Triton kernels go over a tile instead of a dozen passes of torch.
     """
     if len(hidden) * len(weight) <= _KEPT:
         logits = F.linear(hidden, weight, bias)
@@ -110,7 +117,8 @@ def selected_logprobs(
         return (found, full_entropy(logits, temperature)) if entropy else found
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    how = _How(temperature, None if post is _same else post, dtype, entropy)
+    post = None if post is _same else post
+    how = _How(temperature, post, dtype, entropy, post is None and kernels.usable(hidden.device, dtype))
     found, spread = _SelectedLogprobs.apply(hidden, weight, bias, target, how)
     return (found, spread) if entropy else found
 
@@ -129,10 +137,12 @@ def full_entropy(logits: Float[Tensor, "N V"], temperature: float) -> Float[Tens
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def tile_shape(num_rows: int, vocab_size: int) -> tuple[int, int]:
-    """Rows and vocabulary columns of a tile of logits; few rows make it wide."""
-    rows = min(max(num_rows, 1), _ROWS)
-    columns = max(_TILE // rows, 1)
+def tile_shape(num_rows: int, vocab_size: int, itemsize: int = 4, *, kernel: bool = False) -> tuple[int, int]:
+    """Rows and vocabulary columns of a tile of logits; few rows make it wide. `itemsize`, that of the logits, matters
+    to the kernels' tiles only."""
+    elements, most = (_KERNEL_TILE // itemsize, _KERNEL_ROWS) if kernel else (_TILE, _ROWS)
+    rows = min(max(num_rows, 1), most)
+    columns = max(elements // rows, 1)
     if columns > 64:
         columns -= columns % 64  # odd strides keep matrix products off the tensor cores
     return rows, min(columns, vocab_size)
@@ -147,21 +157,27 @@ def head_bytes(
     frozen: bool = True,
     entropy: bool = False,
     post: bool = False,
+    kernel: bool = False,
 ) -> int:
     """Bytes that `selected_logprobs` and its backward pass hold at most, beside the inputs and their gradients.
 
     `itemsize` is that of hidden and weight, `frozen` says that weight and bias get no gradient, `post` that a
-    transform follows the logits.
+    transform follows the logits, `kernel` that Triton kernels go over them: on a GPU, without `post`.
     """
     if num_rows * vocab_size <= _KEPT:
         return (16 + 8 * entropy + itemsize * post) * num_rows * vocab_size + 32 * num_rows
-    rows, columns = tile_shape(num_rows, vocab_size)
+    rows, columns = tile_shape(num_rows, vocab_size, itemsize, kernel=kernel)
     tile, vectors = rows * columns, 4 * num_rows * (4 + 2 * entropy) + 40 * rows
-    if itemsize >= 4:
-        return itemsize * (3 if post else 2 if entropy else 1) * tile + vectors
     several = num_rows > rows and not frozen
-    product = itemsize * hidden_size * (max(rows, columns) if several else rows)
-    held = max((itemsize + 4 + 2 * entropy + 2 * post) * tile, itemsize * tile + product) + vectors
+    if kernel:
+        held = itemsize * tile + vectors
+    elif itemsize >= 4:
+        held = itemsize * (3 if post else 2 if entropy else 1) * tile + vectors
+    else:
+        product = itemsize * hidden_size * (max(rows, columns) if several else rows)
+        held = max((itemsize + 4 + 2 * entropy + 2 * post) * tile, itemsize * tile + product) + vectors
+    if itemsize >= 4:  # gradients are summed where they are returned
+        return held
     if frozen:
         return 4 * rows * hidden_size + held
     held += 4 * columns * hidden_size * several
@@ -178,6 +194,8 @@ class _How:
     dtype: torch.dtype
     """Of the matrix products."""
     entropy: bool
+    kernel: bool
+    """Triton kernels go over the logits."""
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[n, c] from hidden rows [n, H] and vocabulary rows [c, H], before `post`."""
@@ -211,8 +229,15 @@ class _Running:
         self.moment = torch.zeros_like(like)
         self.picked = torch.full_like(like, torch.nan)
 
+    def read(self, logits: Tensor, target: Tensor, start: int, how: _How) -> None:
+        """Takes in the tile of logits, [n, c], whose columns begin at `start`, by a kernel."""
+        from shoestring.kernels.head import add_statistics
+
+        running = (self.top, self.mass, self.moment, self.picked)
+        add_statistics(logits, target, start, how.temperature, running, entropy=how.entropy)
+
     def add(self, scores: Tensor, target: Tensor, start: int, entropy: bool) -> None:
-        """Takes in the tile whose columns begin at `start`; overwrites `scores`, [n, c]."""
+        """The same in plain torch, from post(logits) / temperature in fp32; overwrites `scores`, [n, c]."""
         inside, place = _place(target, start, scores.shape[1])
         self.picked = torch.where(inside, scores.gather(1, place[:, None]).squeeze(1), self.picked)
         top = torch.maximum(self.top, scores.amax(1))
@@ -236,7 +261,7 @@ class _SelectedLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, how: _How
     ) -> tuple[Tensor, Tensor | None]:
-        tile = tile_shape(len(hidden), len(weight))
+        tile = tile_shape(len(hidden), len(weight), how.dtype.itemsize, kernel=how.kernel)
         logprob = hidden.new_empty(len(hidden), dtype=_wide_dtype(hidden))
         log_z = torch.empty_like(logprob)
         entropy = torch.empty_like(logprob) if how.entropy else None
@@ -244,9 +269,13 @@ class _SelectedLogprobs(torch.autograd.Function):
             for rows in _slices(len(hidden), tile[0]):
                 seen = _Running(logprob[rows])
                 for columns in _slices(len(weight), tile[1]):
-                    scores = how.scores(how.logits(hidden[rows], weight[columns], _cut(bias, columns)))
-                    seen.add(scores, target[rows], columns.start, how.entropy)
-                    del scores  # before the next tile comes
+                    logits = how.logits(hidden[rows], weight[columns], _cut(bias, columns))
+                    if how.kernel:
+                        seen.read(logits, target[rows], columns.start, how)
+                    else:
+                        logits = how.scores(logits)
+                        seen.add(logits, target[rows], columns.start, how.entropy)
+                    del logits  # before the next tile comes
                 log_mass = seen.mass.log()
                 log_z[rows] = seen.top + log_mass
                 logprob[rows] = seen.picked - seen.top - log_mass
@@ -302,6 +331,9 @@ class _Pull:
         """The gradient of one tile's logits, [n, c], in the type of the matrix products:
         g (1[j = target] - p_j) - g_entropy p_j (log p_j + entropy)."""
         logits = self.how.logits(self.hidden[rows], self.weight[columns], _cut(self.bias, columns))
+        if self.how.kernel:
+            self._by_kernel(logits, rows, columns.start)
+            return logits
         scores = self.how.scores(logits)
         before_post = logits if self.how.post else None
         del logits
@@ -320,6 +352,14 @@ class _Pull:
         if before_post is not None:
             self.how.through_post(before_post, found)
         return found
+
+    def _by_kernel(self, logits: Tensor, rows: slice, start: int) -> None:
+        """Turns a tile of logits, [n, c], into its gradient."""
+        from shoestring.kernels.head import to_gradient
+
+        spread = _cut(self.entropy, rows), _cut(self.grad_entropy, rows)
+        given = self.log_z[rows], self.grad_logprob[rows], *spread
+        to_gradient(logits, self.target[rows], start, self.how.temperature, *given)
 
     def to_hidden(self) -> Tensor:
         """[N, H], summed over the vocabulary in fp32 and rounded once."""

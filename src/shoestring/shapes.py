@@ -106,6 +106,8 @@ class Family:
     """Whether a norm's weight multiplies fp32 numbers."""
     eager: bool = False
     """Whether attention is written out, since it caps its logits."""
+    post: bool = False
+    """Whether logits are changed behind the vocabulary matrix, as published configs have it."""
 
 
 # The configs of published Gemma 3 models leave out the sizes that they share with the 2B one.
@@ -123,14 +125,14 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(2048, mlp_bias=True),
     "mistral": Family(131_072, kv_heads=8, attention_bias="never"),
     "gemma": Family(8192, tied=True, kv_heads=16, head_dim=256, wide_norms=True),
-    "gemma2": Family(8192, tied=True, kv_heads=4, head_dim=256, norms=4, wide_norms=True, eager=True),
+    "gemma2": Family(8192, tied=True, kv_heads=4, head_dim=256, norms=4, wide_norms=True, eager=True, post=True),
     "gemma3_text": Family(
         131_072, tied=True, kv_heads=4, head_dim=256, norms=4, qk_norms="head", wide_norms=True, sizes=_GEMMA3_SIZES
     ),
     "phi3": Family(4096, attention_bias="never", fused=True),
     "smollm3": Family(32768, tied=True, kv_heads=4, mlp_bias=True),
     "olmo2": Family(2048, qk_norms="width", wide_norms=True),
-    "granite": Family(2048, mlp_bias=True),
+    "granite": Family(2048, mlp_bias=True, post=True),
 }
 
 # GGUF names an architecture; transformers names it otherwise only here.
