@@ -36,6 +36,7 @@ NEEDS_TORCHAO = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, 
 # micro-batches of four rows.
 RUN: dict[str, Any] = {
     "algorithm": "grpo",
+    "sampler": "hf",
     "adapter": {"layers": 2, "modules": ["q_proj", "v_proj"]},
     "objective": {"beta": 0.04, "updates": 2},
     "save_every": 1,

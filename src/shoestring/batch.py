@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from shoestring.types import Batch, Credit, Group
+from shoestring.types import Batch, Credit, Group, Trunk
 
 
 class Row(NamedTuple):
@@ -22,6 +22,10 @@ class Row(NamedTuple):
     weight: Tensor
     kl_weight: Tensor
     sampler_logprob: Tensor
+    group: int = 0
+    """Rows of one group begin with the same prompt."""
+    prompt_tokens: int = 0
+    trunk: Trunk | None = None
 
 
 def has_signal(credit: Credit) -> bool:
@@ -42,16 +46,26 @@ def collate(
     tokens. Places with advantage 0 can act only through a KL term, so with `beta` 0 they, and rows without any other,
     are left out.
     """
-    selected = sum(len(credit.row) for credit in credits)
-    divisor = max(len(groups) if normalise == "groups" else selected, 1)
-    rows = [
-        row for group, credit in zip(groups, credits, strict=True) for row in _rows(group, credit, divisor, beta != 0)
-    ]
+    rows = training_rows(groups, credits, normalise=normalise, beta=beta)
     rows.sort(key=lambda row: -len(row.token_ids))
     return [pad_rows(cut) for cut in cut_rows(rows, max_tokens)]
 
 
-def _rows(group: Group, credit: Credit, divisor: int, with_kl: bool) -> Iterator[Row]:
+def training_rows(
+    groups: Sequence[Group],
+    credits: Sequence[Credit],
+    *,
+    normalise: Literal["groups", "tokens"] = "groups",
+    beta: float = 0.0,
+) -> list[Row]:
+    """The completions that train, with their share of the step's loss, as `collate` has them."""
+    selected = sum(len(credit.row) for credit in credits)
+    divisor = max(len(groups) if normalise == "groups" else selected, 1)
+    pairs = enumerate(zip(groups, credits, strict=True))
+    return [row for place, (group, credit) in pairs for row in _rows(place, group, credit, divisor, beta != 0)]
+
+
+def _rows(place: int, group: Group, credit: Credit, divisor: int, with_kl: bool) -> Iterator[Row]:
     prompt = group.prompt.token_ids
     kl_weight = credit.weight if credit.kl_weight is None else credit.kl_weight
     acts = (credit.advantage * credit.weight != 0) | ((kl_weight != 0) if with_kl else torch.tensor(False))
@@ -71,6 +85,9 @@ def _rows(group: Group, credit: Credit, divisor: int, with_kl: bool) -> Iterator
             weight=credit.weight[chosen] / divisor,
             kl_weight=kl_weight[chosen] / divisor,
             sampler_logprob=torch.tensor(completion.logprobs)[col],
+            group=place,
+            prompt_tokens=len(prompt),
+            trunk=completion.trunk,
         )
 
 
@@ -111,8 +128,9 @@ def single_rows(batches: Iterable[Batch]) -> Iterator[Batch]:
     for batch in batches:
         for index, problem_id in enumerate(batch.problem_ids):
             here = batch.row == index
+            ids = batch.input_ids[index] if batch.paths is None else batch.input_ids[0, batch.paths.nodes[index]]
             yield Batch(
-                batch.input_ids[index : index + 1],
+                ids[None],
                 torch.zeros_like(batch.row[here]),
                 *(
                     getattr(batch, name)[here]

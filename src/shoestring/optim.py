@@ -113,7 +113,7 @@ def update(
     report = UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False)
     for number in range(objective.updates):
         sums = [backward(policy, batches, i, old, objective, temperature, checkpointing) for i in range(len(batches))]
-        loss, kl, clipped, gap, importance, capped = (sum(column) for column in zip(*sums, strict=True))
+        loss, kl, clipped, gap, importance, capped = torch.stack(sums).double().sum(0).tolist()
         unscale(parameters, _scale(policy))
         if objective.l2:
             penalty = l2_loss(parameters, objective.l2)
@@ -149,9 +149,9 @@ def backward(
     objective: Objective,
     temperature: float,
     checkpointing: bool,
-) -> tuple[float, float, float, float, float, float]:
-    """One micro-batch forward and backward; fills `old[index]` the first time. Loss, KL, clipped tokens, sampler gap,
-    importance weights, capped ones."""
+) -> Tensor:
+    """One micro-batch forward and backward; fills `old[index]` the first time. Six sums, [6], without waiting for the
+    device: loss, KL, clipped tokens, sampler gap, importance weights, capped ones."""
     batch = to_device(batches[index], policy.device)
     reference = None
     if objective.beta:
@@ -165,8 +165,8 @@ def backward(
         found = objective_loss(logprob, before, reference, batch, objective)
         (found.loss * _scale(policy)).backward()
     gap = (logprob.detach() - batch.sampler_logprob).abs().sum()
-    importance = found.importance.item(), found.capped.item()
-    return found.loss.item(), found.kl.item(), found.clipped.item(), gap.item(), *importance
+    sums = (found.loss.detach(), found.kl, found.clipped, gap, found.importance, found.capped)
+    return torch.stack([part.to(policy.device, torch.float32) for part in sums])
 
 
 def _scale(policy: Policy) -> float:
@@ -200,7 +200,7 @@ def _culprits(
     found = []
     parameters = list(policy.trained().values())
     for batch in single_rows(batches):
-        loss, *_ = backward(policy, [batch], 0, [None], objective, temperature, checkpointing)
+        loss = float(backward(policy, [batch], 0, [None], objective, temperature, checkpointing)[0])
         grads = [p.grad for p in parameters if p.grad is not None]
         if not (math.isfinite(loss) and all(bool(torch.isfinite(grad).all()) for grad in grads)):
             found.append(batch.problem_ids[0])

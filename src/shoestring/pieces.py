@@ -11,11 +11,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from shoestring.batch import Row, collate, pad_rows
+from shoestring.batch import Row, cut_rows, pad_rows, training_rows
 from shoestring.checkpoint import Pieces, moments
 from shoestring.config import RunConfig
 from shoestring.memory import OutOfMemory, is_out_of_memory, shrinking, size_text
 from shoestring.optim import UpdateReport, backward, set_learning_rate, update
+from shoestring.packing import cost, cut_tree, pack_rows
 from shoestring.policy import Policy
 from shoestring.types import Batch, Credit, Group, Prompt
 
@@ -91,16 +92,17 @@ def train_in_pieces(
 ) -> tuple[UpdateReport, list[Batch]]:
     """One update from these completions, in micro-batches of `pieces.micro_batch_tokens`, which is lowered if they do
     not fit. Every size gives the same gradient up to rounding."""
-    cut = partial(collate, groups, credits, normalise=config.algorithm.normalise, beta=config.objective.beta)
-    batches = cut(max_tokens=pieces.micro_batch_tokens)
+    rows = training_rows(groups, credits, normalise=config.algorithm.normalise, beta=config.objective.beta)
+    cut = partial(micro_batches, rows, trees=policy.takes_trees)
+    batches = cut(pieces.micro_batch_tokens)
     if not batches:  # without signal there is nothing to learn from, and the step is a fact to report
         return UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False), batches
-    longest = batches[0].input_ids.shape[1]
+    longest = max(len(row.token_ids) for row in rows)
     with Snapshot.taken(policy, optimizer) as before:
 
         def attempt(max_tokens: int) -> tuple[UpdateReport, list[Batch]]:
             torch.manual_seed(seed)  # rounding by chance draws from torch's own generators
-            batches = cut(max_tokens=max_tokens)
+            batches = cut(max_tokens)
             return update(
                 policy,
                 optimizer,
@@ -111,7 +113,7 @@ def train_in_pieces(
                 checkpointing=pieces.checkpointing,
             ), batches
 
-        most = sum(batch.input_ids.numel() for batch in batches)
+        most = sum(size(batch) for batch in batches)
         return _fitted(attempt, pieces, longest, most, before.restore)
 
 
@@ -125,7 +127,7 @@ def rehearse(
     fresh = not optimizer.state
 
     def attempt(max_tokens: int) -> None:
-        batch = worst_batch(prompt, config, max_tokens)
+        batch = worst_batch(prompt, config, max_tokens, policy)
         backward(policy, [batch], 0, [None], config.objective, config.sampling.temperature, pieces.checkpointing)
         for parameter in policy.trained().values():
             if parameter.grad is not None:
@@ -148,24 +150,45 @@ def rehearse(
         _fitted(attempt, pieces, longest, config.sampling.num_prompts * config.sampling.num_completions * longest, undo)
 
 
-def worst_batch(prompt: Prompt, config: RunConfig, max_tokens: int) -> Batch:
-    """Full-length rows behind the longest prompt, every token selected, as many as `max_tokens` allow."""
+def worst_batch(prompt: Prompt, config: RunConfig, max_tokens: int, policy: Policy) -> Batch:
+    """Full-length rows behind the longest prompt, every token selected, as many as `max_tokens` allow; no two begin
+    alike behind it."""
     sampling = config.sampling
     count = sampling.max_new_tokens
-    ids = torch.tensor([prompt.token_ids[i % len(prompt.token_ids)] for i in range(count)])
     each = torch.full((count,), 1.0 / count)
-    row = Row(
-        problem_id="rehearsal",
-        token_ids=prompt.token_ids + tuple(ids[: count - 1].tolist()),
-        col=torch.arange(count) + len(prompt.token_ids) - 1,
-        target=ids,
-        advantage=torch.ones(count),
-        weight=each,
-        kl_weight=each,
-        sampler_logprob=torch.zeros(count),
-    )
-    most = sampling.num_prompts * sampling.num_completions
-    return pad_rows([row] * max(min(max_tokens // len(row.token_ids), most), 1))
+
+    def row(place: int) -> Row:
+        ids = (torch.arange(count) + place) % policy.vocab_size
+        return Row(
+            problem_id="rehearsal",
+            token_ids=prompt.token_ids + tuple(ids[: count - 1].tolist()),
+            col=torch.arange(count) + len(prompt.token_ids) - 1,
+            target=ids,
+            advantage=torch.ones(count),
+            weight=each,
+            kl_weight=each,
+            sampler_logprob=torch.zeros(count),
+            group=place // sampling.num_completions,
+            prompt_tokens=len(prompt.token_ids),
+        )
+
+    rows = [row(place) for place in range(sampling.num_prompts * sampling.num_completions)]
+    return micro_batches(rows, max_tokens, trees=policy.takes_trees)[0]
+
+
+def micro_batches(rows: Sequence[Row], max_tokens: int, *, trees: bool) -> list[Batch]:
+    """Cut so that each takes no more memory than `max_tokens` padded tokens. With `trees`, what rows of a group share
+    is run once."""
+    if trees:
+        return [pack_rows(cut) for cut in cut_tree(rows, max_tokens)]
+    ordered = sorted(rows, key=lambda row: -len(row.token_ids))
+    return [pad_rows(cut) for cut in cut_rows(ordered, max_tokens)]
+
+
+def size(batch: Batch) -> int:
+    """What a micro-batch takes, in padded tokens."""
+    nodes = batch.input_ids.numel()
+    return nodes if batch.paths is None else cost(nodes, batch.paths.nodes.numel())
 
 
 def _fitted(attempt: Callable[[int], T], pieces: Pieces, longest: int, most: int, undo: Callable[[], None]) -> T:

@@ -7,8 +7,8 @@ import copy
 import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -20,8 +20,9 @@ from shoestring import models
 from shoestring.adapters.base import decoder_layers, quiet_peft
 from shoestring.errors import ConfigError
 from shoestring.heads import POST_HEAD, gathered_logprobs, selected_logprobs
+from shoestring.packing import TREE_MODELS, attention_over_paths
 from shoestring.tasks.base import plain_text
-from shoestring.types import Batch
+from shoestring.types import Batch, Paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -120,12 +121,50 @@ class Policy:
         if self._post is None:
             logits = self.base(input_ids=batch.input_ids, use_cache=False).logits
             return gathered_logprobs(logits[batch.row, batch.col], batch.target, temperature)
-        hidden = self.base.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        hidden = hidden[batch.row, batch.col]
+        hidden = self._selected_hidden(batch)
         head = self.base.lm_head
         if type(head) is not nn.Linear:  # an adapter on it, say: its weight is not all it does
             return gathered_logprobs(self._logits_of(hidden), batch.target, temperature)
         return selected_logprobs(hidden, head.weight, head.bias, batch.target, temperature, self._post)
+
+    def _selected_hidden(self, batch: Batch) -> Tensor:
+        """What the vocabulary matrix is given at the batch's places, [N, H]."""
+        if batch.paths is None:
+            hidden = self.base.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            return hidden[batch.row, batch.col]
+        model, given = self.base.base_model, {"input_ids": batch.input_ids}
+        if batch.trunk:
+            model, given = self._upper, {"inputs_embeds": torch.cat(batch.trunk)[None]}
+        with attention_over_paths(self.base.config):
+            output = model(**given, position_ids=batch.paths.positions[None], use_cache=False, paths=batch.paths)
+        return output.last_hidden_state[0, batch.paths.nodes[batch.row, batch.col]]
+
+    @property
+    def takes_trees(self) -> bool:
+        """Whether training can run what rows share once: the attention of every layer has to be torch's own over all
+        that came before."""
+        config = self.base.config
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        window = config.model_type == "mistral" and getattr(config, "sliding_window", None) is not None
+        known = config.model_type in TREE_MODELS and self._post is not None
+        return known and kinds == {"full_attention"} and not window and config._attn_implementation == "sdpa"
+
+    @property
+    def first_gradient_layer(self) -> int:
+        """The lowest layer with a trained parameter; 0 if the embedding is trained, all if nothing is."""
+        return len(decoder_layers(self.base)[1]) - len(self._gradient_layers())
+
+    @cached_property
+    def _upper(self) -> Any:
+        """The model from its first layer with a trained parameter upwards, over the same modules."""
+        first = self.first_gradient_layer
+        model = copy.copy(self.base.base_model)
+        model._modules = {**model._modules, "layers": nn.ModuleList(list(model.layers)[first:])}  # type: ignore[operator]
+        model.config = copy.copy(model.config)  # type: ignore[assignment]
+        model.config.num_hidden_layers -= first
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = model.config.layer_types[first:]
+        return model
 
     def prefill(self, input_ids: Tensor, last: Tensor, cache: Any) -> Tensor:
         """Runs right-padded prompts, [P, L], into `cache`; the logits, [P, V], at each row's `last` place."""
@@ -175,10 +214,14 @@ class Policy:
         A layer asks its own `training` flag for this. Its children stay in evaluation mode, so no dropout wakes up.
         """
         layers = self._gradient_layers() if on else []
+        recomputed: Any = partial(checkpoint, use_reentrant=False)
+        if self.takes_trees:  # what is run again attends as it did at first
+            contexts = lambda: (nullcontext(), attention_over_paths(self.base.config))  # noqa: E731
+            recomputed = partial(checkpoint, use_reentrant=False, context_fn=contexts)
         for layer in layers:
             layer.gradient_checkpointing = True
             layer.training = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer._gradient_checkpointing_func = recomputed
         try:
             yield
         finally:
@@ -270,4 +313,5 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     moved = {
         name: value.to(device, non_blocking=True) for name, value in vars(batch).items() if isinstance(value, Tensor)
     }
-    return Batch(**moved, problem_ids=batch.problem_ids)
+    paths = None if batch.paths is None else Paths(*(part.to(device, non_blocking=True) for part in batch.paths))
+    return Batch(**moved, problem_ids=batch.problem_ids, paths=paths, trunk=batch.trunk)

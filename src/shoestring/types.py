@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -50,6 +50,14 @@ class Prompt:
         return self.token_ids[self.answer_start :]
 
 
+class Trunk(NamedTuple):
+    """The residual stream in front of a layer below which nothing is trained, as sampling found it: of the prompt,
+    [P, H], and of the completion's own tokens but the last, [T - 1, H] or more."""
+
+    prompt: Tensor
+    own: Tensor
+
+
 @dataclass(frozen=True)
 class Completion:
     """The tokens that the model sampled, [T], the end-of-sequence token included, and their log-probs, [T].
@@ -61,6 +69,8 @@ class Completion:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     stop: Literal["end", "length"]
+    trunk: Trunk | None = field(default=None, compare=False, repr=False)
+    """What training may start from; not there as a rule."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,17 @@ class Credit:
     kl_weight: Tensor | None = None
 
 
+class Paths(NamedTuple):
+    """How R rows of up to L tokens lie in a tree of T nodes."""
+
+    nodes: Tensor
+    """[R, L]: the node at each place of each row; behind a row's end, any."""
+    place: Tensor
+    """[T]: a place of each node, counted through the rows."""
+    positions: Tensor
+    """[T]: each node's distance from the start."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch: right-padded rows, [B, L], and the N places in them where the loss is taken, [N].
@@ -118,6 +139,10 @@ class Batch:
     kl_weight: Tensor
     sampler_logprob: Tensor
     problem_ids: tuple[str, ...]
+    paths: Paths | None = None
+    """With it, the rows are paths of a tree, and `input_ids` are its nodes, [1, T]."""
+    trunk: tuple[Tensor, ...] = ()
+    """The residual stream of the nodes, T rows of [H] in all, where training starts from it."""
 
 
 @dataclass(frozen=True)

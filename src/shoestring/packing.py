@@ -1,0 +1,152 @@
+"""Completions of one prompt as a tree: what they share is run once.
+
+The completions that train in a micro-batch are merged into a trie behind their prompt. Everything that treats tokens
+one by one (products, norms, MLP) runs over its T nodes; attention runs over the R paths, each a plain causal row of at
+most L nodes. That is exact: a node's keys and values are those of every path through it. For rows without a common
+prefix it is the shared prompt of arXiv 2506.05433.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoestring.batch import Row
+from shoestring.types import Batch, Paths
+
+# Families whose attention transformers lets us take the place of, with keys and queries as they are.
+TREE_MODELS = ("qwen2", "qwen3", "llama", "mistral", "smollm3", "olmo2", "gemma", "phi3", "granite", "cohere")
+_NAME = "shoestring-paths"
+# What a place of a path costs beside a node of the tree: attention alone, about an eighth of a layer.
+_PATH_SHARE = 8
+
+
+def cut_tree(rows: Sequence[Row], max_tokens: int) -> Iterator[list[Row]]:
+    """Runs of rows that take no more memory, merged, than `max_tokens` padded tokens (or one row alone)."""
+    cut: list[Row] = []
+    nodes = longest = 0
+    for row in sorted(rows, key=lambda row: (row.group, row.token_ids)):
+        fresh = len(row.token_ids) - (_shared(cut[-1], row) if cut else 0)
+        wide = max(longest, len(row.token_ids))
+        if cut and cost(nodes + fresh, (len(cut) + 1) * wide) > max_tokens:
+            yield cut
+            cut, nodes, fresh, wide = [], 0, len(row.token_ids), len(row.token_ids)
+        cut.append(row)
+        nodes, longest = nodes + fresh, wide
+    if cut:
+        yield cut
+
+
+def cost(nodes: int, places: int) -> int:
+    """What a tree of so many nodes, with so many places in its padded paths, takes: in padded tokens.
+
+    >>> cost(nodes=400, places=480)
+    410
+    """
+    return nodes + max(places - nodes, 0) // _PATH_SHARE
+
+
+def pack_rows(rows: Sequence[Row]) -> Batch:
+    """The rows' tree as a micro-batch, input_ids [1, T]. Rows of a group must stand in the order of their tokens."""
+    longest = max(len(row.token_ids) for row in rows)
+    paths = torch.zeros(len(rows), longest, dtype=torch.int64)
+    ids: list[int] = []
+    places: list[Tensor] = []
+    trunk: list[Tensor] = []
+    for index, row in enumerate(rows):
+        length, start = len(row.token_ids), len(ids)
+        shared = _shared(rows[index - 1], row) if index else 0
+        if shared:
+            paths[index, :shared] = paths[index - 1, :shared]
+        paths[index, shared:length] = torch.arange(start, start + length - shared)
+        paths[index, length:] = start + length - shared - 1 if length > shared else paths[index, length - 1]
+        ids.extend(row.token_ids[shared:])
+        places.append(torch.arange(shared, length) + index * longest)
+        trunk += _trunk_of(row, shared)
+    counts = torch.tensor([len(row.col) for row in rows])
+    owner = torch.repeat_interleave(torch.arange(len(rows)), counts)
+    place = torch.cat(places)
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(row, name) for row in rows])
+
+    return Batch(
+        torch.tensor(ids)[None],
+        owner,
+        *(joined(name) for name in ("col", "target", "advantage", "weight", "kl_weight", "sampler_logprob")),
+        problem_ids=tuple(row.problem_id for row in rows),
+        paths=Paths(paths, place, place % longest),
+        trunk=tuple(trunk) if all(row.trunk is not None for row in rows) else (),
+    )
+
+
+def _shared(before: Row, row: Row) -> int:
+    """Tokens at which two rows of a group begin alike; 0 of different groups."""
+    if before.group != row.group:
+        return 0
+    most = min(len(before.token_ids), len(row.token_ids))
+    count = min(row.prompt_tokens, most)
+    while count < most and before.token_ids[count] == row.token_ids[count]:
+        count += 1
+    return count
+
+
+def _trunk_of(row: Row, start: int) -> list[Tensor]:
+    """What the frozen layers gave for a row's tokens from `start` on, [*, H] each."""
+    if row.trunk is None:
+        return []
+    prompt, length = row.prompt_tokens, len(row.token_ids)
+    parts = [row.trunk.prompt[start:prompt], row.trunk.own[max(start - prompt, 0) : length - prompt]]
+    return [part for part in parts if len(part)]
+
+
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention over the paths of a tree, in the form that transformers asks for: query [1, heads, T, D] and the same
+    of key and value, to [1, T, heads, D]. `options["paths"]` says how they lie; without it, torch's own attention."""
+    paths: Paths | None = options.get("paths")
+    if paths is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    rows, longest = paths.nodes.shape
+    flat = paths.nodes.flatten()
+
+    def spread(x: Tensor) -> Tensor:
+        """[1, n, T, D] -> [R, n, L, D]"""
+        return x[0].transpose(0, 1).index_select(0, flat).unflatten(0, (rows, longest)).transpose(1, 2)
+
+    found = torch.nn.functional.scaled_dot_product_attention(
+        spread(query),
+        spread(key),
+        spread(value),
+        is_causal=True,
+        scale=options.get("scaling"),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return found.transpose(1, 2).flatten(0, 1).index_select(0, paths.place)[None], None
+
+
+@contextmanager
+def attention_over_paths(config: Any) -> Iterator[None]:
+    """Has a model of transformers attend by `attention`, without a mask."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(_NAME, attention)  # type: ignore[arg-type]
+    AttentionMaskInterface.register(_NAME, _no_mask)
+    before = config._attn_implementation
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _no_mask(*args: Any, **options: Any) -> None:
+    return None

@@ -1,0 +1,126 @@
+"""Training over trees: log-probs and gradients of the plain rows, with everything shared run once."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from shoestring.batch import collate, training_rows
+from shoestring.optim import backward
+from shoestring.packing import TREE_MODELS, cost, cut_tree, pack_rows
+from shoestring.pieces import micro_batches, size
+from shoestring.policy import Policy
+from shoestring.types import Batch, Completion, Credit, Group, Problem, Prompt
+from test_policy import OBJECTIVE, close
+from tiny import prompt, random_policy
+
+Step = tuple[list[Group], list[Credit]]
+
+
+def step_of(completions: list[list[tuple[int, ...]]], prompts: list[Prompt]) -> Step:
+    """Every token selected, with advantages that differ."""
+    groups, credits = [], []
+    for index, (p, found) in enumerate(zip(prompts, completions, strict=True)):
+        row = torch.tensor([g for g, ids in enumerate(found) for _ in ids])
+        col = torch.tensor([t for ids in found for t in range(len(ids))])
+        advantage = torch.randn(len(row), generator=torch.Generator().manual_seed(index))
+        groups.append(Group(p, tuple(Completion(ids, (-1.0,) * len(ids), "end") for ids in found), ()))
+        credits.append(Credit(row, col, advantage, torch.full((len(row),), 1 / len(row))))
+    return groups, credits
+
+
+def plain(length: int, ids: tuple[int, ...]) -> Prompt:
+    return Prompt(Problem(str(ids), "?", "1"), ids, length)
+
+
+# Those of the method notes: 5 + 15 inputs packed, 35 not; completions whose last token is no input have one less.
+STAR: Step = step_of([[(9, 8, 7, 6, 1), (4, 3, 2, 1), (3, 3, 3, 1), (2, 9, 1, 1, 4, 1)]], [plain(5, (1, 2, 3, 4, 5))])
+TRIE: Step = step_of(
+    [[(7, 8, 9, 10, 0), (7, 8, 11, 0), (12, 8, 9, 0), (7, 8, 9, 13, 14, 0)]], [plain(5, (1, 2, 3, 4, 5))]
+)
+
+
+def some_step(seed: int = 0, num: int = 6) -> Step:
+    """Groups of several prompts; few tokens, so that completions begin alike."""
+    generator = random.Random(seed)
+    found = [[tuple(generator.choices(range(3), k=generator.randint(1, 9))) for _ in range(num)] for _ in range(4)]
+    return step_of(found, [prompt(5 + 3 * i, i) for i in range(4)])
+
+
+def test_the_worked_examples_have_as_many_nodes_as_on_paper() -> None:
+    for step, nodes in ((STAR, 20), (TRIE, 15)):
+        batch = pack_rows(next(cut_tree(training_rows(*step), 10**6)))
+        assert batch.input_ids.shape == (1, nodes)
+        (rows,) = collate(*step)
+        assert sum(len(row.token_ids) for row in training_rows(*step)) == 35
+        assert rows.input_ids.shape[0] == 4
+
+
+def gradients(policy: Policy, batches: list[Any], beta: float = 0.0, on: bool = False) -> dict[str, torch.Tensor]:
+    objective = OBJECTIVE.model_copy(update={"beta": beta})
+    for parameter in policy.trained().values():
+        parameter.grad = None
+    for index in range(len(batches)):
+        backward(policy, batches, index, [None] * len(batches), objective, 0.9, on)
+    return {name: p.grad.clone() for name, p in policy.trained().items() if p.grad is not None}
+
+
+def same_logprobs(policy: Policy, tree: Batch, whole: Batch) -> None:
+    """In whatever order the rows stand."""
+    a, b = policy.logprobs(tree, 0.9), policy.logprobs(whole, 0.9)
+    torch.testing.assert_close(a.sort().values, b.sort().values, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", TREE_MODELS)
+@pytest.mark.parametrize("step", [STAR, TRIE, some_step()], ids=["star", "trie", "random"])
+def test_log_probs_and_gradients_are_those_of_the_rows(family: str, step: Step) -> None:
+    options = {"sizes": {"sliding_window": None}} if family == "mistral" else {}
+    policy = random_policy(family, **options)
+    assert policy.takes_trees
+    rows = training_rows(*step)
+    (tree,) = micro_batches(rows, 10**6, trees=True)
+    (whole,) = micro_batches(rows, 10**6, trees=False)
+    assert tree.input_ids.numel() < whole.input_ids.numel()
+    same_logprobs(policy, tree, whole)
+    close(gradients(policy, [tree]), gradients(policy, [whole]), 2e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 12, 30, 47, 90])
+@pytest.mark.parametrize("on", [False, True])
+def test_every_cut_gives_the_same_gradient(max_tokens: int, on: bool) -> None:
+    policy = random_policy()
+    rows = training_rows(*some_step(3), beta=0.1)
+    whole = gradients(policy, micro_batches(rows, 10**6, trees=False), beta=0.1)
+    cuts = micro_batches(rows, max_tokens, trees=True)
+    close(gradients(policy, cuts, beta=0.1, on=on), whole, 2e-5)
+    assert all(size(cut) <= max_tokens or len(cut.problem_ids) == 1 for cut in cuts)
+
+
+def test_cuts_are_filled_as_far_as_they_go() -> None:
+    rows = training_rows(*some_step(5))
+    cuts = list(cut_tree(rows, 40))
+    assert sorted(map(id, rows)) == sorted(id(row) for cut in cuts for row in cut)
+    for cut, following in itertools.pairwise(cuts):
+        more = pack_rows([*cut, following[0]])
+        assert cost(more.input_ids.numel(), more.paths.nodes.numel()) > 40  # type: ignore[union-attr]
+
+
+def test_a_row_whose_tokens_are_all_another_s() -> None:
+    """One completion is the beginning of another."""
+    step = step_of([[(7, 8, 9, 10), (7, 8, 9), (7,), (7, 8, 9, 10)]], [plain(3, (1, 2, 3))])
+    policy = random_policy()
+    rows = training_rows(*step)
+    (tree,) = micro_batches(rows, 10**6, trees=True)
+    assert tree.input_ids.tolist() == [[1, 2, 3, 7, 8, 9]]
+    (whole,) = micro_batches(rows, 10**6, trees=False)
+    same_logprobs(policy, tree, whole)
+    close(gradients(policy, [tree]), gradients(policy, [whole]), 2e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mistral", "gpt2"])
+def test_other_attention_takes_rows(family: str) -> None:
+    assert not random_policy(family).takes_trees
