@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:  # what scores completions in a process of its own need not wait for torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,11 @@ class StepReport:
 
     `wave_tokens`, `micro_batch_tokens` and `checkpointing` are the pieces that the step was done in: lower than planned
     after a phase that ran out of memory.
+
+    With dynamic sampling, `groups` are those that the step kept, and `groups_dropped` and `tokens_dropped` what else it
+    sampled; `reward`, `reward_parts`, `solved`, `tokens_sampled` and `truncated` are over both, so that they compare
+    with a run without. `timed_out` counts completions that were not scored in time. `tokens_per_s` is `tokens_sampled`
+    over the seconds of sampling.
     """
 
     step: int
@@ -154,3 +160,7 @@ class StepReport:
     wave_tokens: int | None = None
     micro_batch_tokens: int | None = None
     checkpointing: bool = False
+    groups_dropped: int = 0
+    tokens_dropped: int = 0
+    timed_out: int = 0
+    tokens_per_s: float = 0.0
