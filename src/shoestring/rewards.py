@@ -82,6 +82,8 @@ class Scored:
 
 def joined_scored(pieces: Sequence[Scored]) -> Scored:
     """Several of a step's scores as one; a metric's mean is over their rows."""
+    if len(pieces) == 1:
+        return pieces[0]
     rows = [len(piece.scores) for piece in pieces]
     metrics: dict[str, float] = {}
     for name in dict.fromkeys(name for piece in pieces for name in piece.metrics):
