@@ -79,8 +79,8 @@ def train(
     `rewards` are functions in TRL's form (or "task") that take the place of `[rewards] functions`. `data` are rows with
     `prompt` (or `question`) and `answer`; they are written into the run's folder and take the place of the task.
     `resume` is the folder of a run to go on with. `profile` writes a trace of a step and the seconds by phase into the
-    run's folder (see `shoestring.profiler`). Raises `ConfigError` and `DataError` before the model loads wherever that is
-    possible.
+    run's folder (see `shoestring.profiler`). Raises `ConfigError` and `DataError` before the model loads wherever that
+    is possible.
     """
     pool.refuse_inside_a_worker()
     rewards = (rewards,) if isinstance(rewards, str) or callable(rewards) else tuple(rewards)
@@ -198,7 +198,7 @@ def _step(session: Session, state: State) -> None:
     while num := wanted(rounds, config.sampling):  # one round, unless dynamic sampling is on
         rounds.append(_round(session, state, clock, sum(len(done.groups) for done in rounds), num))
     sampled = joined(rounds, config.sampling.num_prompts)
-    groups, credits = ([records[place] for place in sampled.kept] for records in (sampled.groups, sampled.credits))
+    groups, credits = [sampled.groups[i] for i in sampled.kept], [sampled.credits[i] for i in sampled.kept]
     cursor = state.cursor + len(sampled.groups) - len(state.replays)
     with clock.phase("train"), session.fresh.ahead(cursor, config.sampling.most_prompts):
         set_learning_rate(session.optimizer, learning_rate(step, config.steps, config.optim))

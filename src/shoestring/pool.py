@@ -22,12 +22,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from shoestring.config import RewardSettings
 from shoestring.errors import ConfigError, DataError, ShoestringError
 from shoestring.rewards import Judged, Rewards, Row, Scored, TrainerState, joined_judged
 from shoestring.tasks.base import Task
+
+if TYPE_CHECKING:  # it comes with torch, for which a worker need not wait
+    from shoestring.config import RewardSettings
 
 # Seconds that a new process has to import what it needs. They do not count as a row's.
 _START = 120.0
@@ -139,7 +141,7 @@ class Pool:
         ]
         late: list[str] = []
         judged = [self._waited(row, future, state, late) for row, future in zip(rows, futures, strict=True)]
-        return self._rewards.weigh(rows, joined_judged(judged), late) if rows else Scored([])
+        return self._rewards.weigh(rows, joined_judged(judged), tuple(late)) if rows else Scored([])
 
     def _waited(self, row: Row, future: Future[Judged], state: TrainerState, late: list[str]) -> Judged:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,13 +64,9 @@ class Reporter:
             f"({values['low']:.1%} to {values['high']:.1%}) on {values['problems']} problems"
         )
 
-    def samples(
-        self,
-        step: int,
-        sampled: Sampled,
-    ) -> None:
-        """One line a completion: prompt, text, score and the credit of its selected tokens, [token, advantage]. Those of
-        groups that dynamic sampling dropped are marked."""
+    def samples(self, step: int, sampled: Sampled) -> None:
+        """One line a completion: prompt, text, score and the credit of its selected tokens, [token, advantage]. Those
+        of groups that dynamic sampling dropped are marked."""
         lines, row = [], 0
         extra = sampled.scored.columns
         for place, (rollout, group, credit) in enumerate(

@@ -93,7 +93,7 @@ def joined_scored(pieces: Sequence[Scored]) -> Scored:
         [score for piece in pieces for score in piece.scores],
         metrics,
         _joined_columns([piece.columns for piece in pieces], rows),
-        [problem for piece in pieces for problem in piece.timed_out],
+        tuple(problem for piece in pieces for problem in piece.timed_out),
     )
 
 

@@ -60,8 +60,8 @@ class HfEngine:
             found: dict[Place, Completion] = {}
             for wave in self._waves(prompts, places, sampling, wave_tokens):
                 found.update(zip(wave, self._sample_wave(prompts, wave, sampling, seed, first), strict=True))
-                for p in dict.fromkeys(p for p, _ in wave) if done else ():
-                    if all((p, g) in found for g in range(num)):
+                for p in dict.fromkeys(p for p, _ in wave):
+                    if done is not None and all((p, g) in found for g in range(num)):
                         done(p, tuple(found[p, g] for g in range(num)))
             return found
 
