@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import waste_rewards as functions
 from shoestring import ConfigError, DataError, budgets, train
@@ -100,6 +101,29 @@ def test_scoring_begins_while_others_are_sampled(monkeypatch: pytest.MonkeyPatch
     assert len(ended) > 2
     assert len(begun) == 12
     assert min(begun) < ended[-1] - 0.3
+
+
+def test_a_wave_that_runs_out_of_memory_is_scored_once_more_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Groups of the waves before it are told of twice."""
+    real = HfEngine._sample_wave
+    calls: list[int] = []
+
+    def fails_once(self: HfEngine, *args: Any, **options: Any) -> list[Completion]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("planted")
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(HfEngine, "_sample_wave", fails_once)
+    for out, workers in (("here", 0), ("there", 2)):
+        calls.clear()
+        changes: dict[str, Any] = {"rewards": {"workers": workers}, "execution": {"wave_tokens": 160}}
+        train(config(out=out, steps=2, **changes), rewards=[functions.varied], quiet=True)
+    assert metrics("here") == metrics("there")
+    assert metrics("here")[0]["wave_tokens"] < 160
+    assert Path("here/samples.jsonl").read_text() == Path("there/samples.jsonl").read_text()
 
 
 def test_rows_are_scored_side_by_side() -> None:

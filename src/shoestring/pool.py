@@ -197,7 +197,8 @@ class Worker:
     def judge(self, row: Row, state: TrainerState) -> Judged:
         self.wait_until_ready()
         try:
-            self._pipe.send((row, state))
+            with suppress(BrokenPipeError):  # of a process that has ended: it does not answer either
+                self._pipe.send((row, state))
             return self._answer(self._timeout, row)
         except TimedOut:
             self._kill()
