@@ -150,6 +150,13 @@ def test_a_row_that_hangs_counts_0_and_the_others_are_scored() -> None:
         assert scoring.score(texts, TrainerState(global_step=2)).timed_out == ()  # new processes took their places
 
 
+def test_a_program_that_a_row_hangs_in_ends_with_it() -> None:
+    settings = pool(timeout=2.0, on_timeout="zero")
+    with opened(Rewards([functions.starts_a_program]), TASK, settings) as scoring:
+        assert len(scoring.score(rows("a"), STATE).timed_out) == 1
+        assert soon(lambda: gone(int(Path("program.txt").read_text())))
+
+
 def test_a_row_that_hangs_stops_the_run_which_can_go_on(capsys: pytest.CaptureFixture[str]) -> None:
     """The step and the problem are named; with another setting the same run goes on."""
     given = {"functions": ["waste_rewards:hangs"], "workers": 2, "timeout": 0.5}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,13 @@ def sleeps_once(completions: list[Any], **others: Any) -> list[float]:
     (Path("workers") / str(os.getpid())).touch()
     time.sleep(0.02)
     return varied(completions)
+
+
+def starts_a_program(completions: list[Any], **others: Any) -> list[float]:
+    """Waits for a program that never ends, and leaves its number in a file."""
+    program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    Path("program.txt").write_text(str(program.pid))
+    return [float(program.wait())] * len(completions)
 
 
 def dies(completions: list[Any], **others: Any) -> list[float]:

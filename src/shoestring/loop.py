@@ -260,6 +260,9 @@ def _roll_out(session: Session, state: State, start: int, num: int) -> tuple[lis
     place = max(start - len(state.replays), 0)  # of the first fresh prompt, among the step's fresh ones
     fresh, num_cut = session.fresh.take(state.cursor + place, num - len(replays))
 
+    def begin_to_score(rollout: Rollout) -> None:
+        session.scoring.begin(_rows([rollout]), _trainer_state(session, step))
+
     def rolled(prompts: list[Prompt], num: int, purpose: str, first: int = 0) -> list[Rollout]:
         return roll_out(
             session.policy,
@@ -269,7 +272,7 @@ def _roll_out(session: Session, state: State, start: int, num: int) -> tuple[lis
             sampling=sampling,
             seed=session.seed(step, purpose),
             first=first,
-            done=lambda rollout: session.scoring.begin(_rows([rollout]), _trainer_state(session, step)),
+            done=begin_to_score if session.scoring.early else None,
         )
 
     rollouts = rolled(fresh, sampling.num_completions, "sample", place)

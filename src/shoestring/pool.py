@@ -42,6 +42,9 @@ Key = tuple[str, str, tuple[int, ...]]
 class Scoring(Protocol):
     """How a run scores its completions."""
 
+    early: bool
+    """Whether it can begin before all is sampled."""
+
     def begin(self, rows: Sequence[Row], state: TrainerState) -> None:
         """Told of rows that `score` will be asked for later. Rows that it is never asked for do no harm."""
         ...
@@ -76,6 +79,8 @@ def refuse_inside_a_worker() -> None:
 class Here:
     """Scores in the loop's own thread, once all is sampled."""
 
+    early = False
+
     def __init__(self, rewards: Rewards, task: Task):
         self._rewards, self._task = rewards, task
 
@@ -100,6 +105,8 @@ class WorkerError(Exception):
 
 class Pool:
     """Scores rows in `settings.workers` processes. A thread for each process waits for it."""
+
+    early = True
 
     def __init__(self, rewards: Rewards, task: Task, settings: RewardSettings):
         self._rewards, self._settings = rewards, settings
