@@ -50,7 +50,7 @@ def test_a_resumed_run_can_be_profiled() -> None:
 
 def test_too_few_steps_are_told_before_the_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budgets, "load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
-    with pytest.raises(ConfigError, match=r"a run of 1 steps; .* set steps = 2 or more"):
+    with pytest.raises(ConfigError, match=r"with steps = 1; .* set steps = 2 or more"):
         train(config(steps=1), quiet=True, profile=True)
     assert not Path("run").exists()
 

@@ -33,7 +33,7 @@ def check(steps: int, done: int) -> None:
     """Raises `ConfigError` if too few steps are left to record one of them."""
     if steps - done <= _WARM_UP:
         raise ConfigError(
-            f"a profile is asked for, of a run of {steps} steps" + (f" with {done} done" if done else ""),
+            f"a profile is asked for with steps = {steps}" + (f", of which {done} are done" if done else ""),
             "the profiler warms up for a step before it records one",
             f"set steps = {done + _WARM_UP + 1} or more",
         )
@@ -46,6 +46,7 @@ def recorded(reporter: Reporter, steps: int, device: torch.device, *, on: bool) 
     if not on:
         yield lambda: None
         return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to standard error what it is doing
     first = len(read_metrics(reporter.folder))
     wait = min(steps - _WARM_UP - 1, 1)
     operators: list[dict[str, Any]] = []
