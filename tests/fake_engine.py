@@ -56,9 +56,9 @@ class OwnWeightsEngine:
         return self._engine.wave_tokens
 
     def sample(
-        self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, seed: int, first: int = 0
+        self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, seed: int, first: int = 0, **others: Any
     ) -> list[tuple[Completion, ...]]:
-        return self._engine.sample(prompts, num=num, sampling=sampling, seed=seed, first=first)
+        return self._engine.sample(prompts, num=num, sampling=sampling, seed=seed, first=first, **others)
 
     def rehearse(self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling) -> None:
         self._engine.rehearse(prompts, num=num, sampling=sampling)

@@ -57,7 +57,10 @@ def trained(**changes: Any) -> Any:
 
 def metrics(folder: str = "run") -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "peak_bytes")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("seconds", "tokens_per_s", "peak_bytes")}
+        for line in lines
+    ]
 
 
 def same(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:

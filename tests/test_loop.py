@@ -41,7 +41,7 @@ def config(**changes: Any) -> dict[str, Any]:
 def metrics(folder: str | Path = "run") -> list[dict[str, Any]]:
     """The metrics without what a clock or a device says."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "peak_bytes")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s", "peak_bytes")} for line in lines]
 
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:

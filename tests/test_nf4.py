@@ -54,7 +54,7 @@ def run(**changes: Any) -> Any:
 
 def metrics(folder: str = "run") -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_s")} for line in lines]
 
 
 def small_linears(model: nn.Module) -> dict[str, nn.Module]:

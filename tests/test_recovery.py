@@ -70,7 +70,7 @@ def resumed(folder: str, steps: int = 2) -> Any:
 def metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The metrics without what a clock says."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_s")} for line in lines]
 
 
 def tensors(folder: str | Path, step: int) -> dict[str, torch.Tensor]:

@@ -67,6 +67,18 @@ def test_waves_choose_no_token(name: str, wave_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("wave_tokens", [1, 40, 10_000])
+def test_what_is_told_of_finished_groups_is_what_is_returned(name: str, wave_tokens: int) -> None:
+    """A sampler need not tell of a group, but if it does, the last word counts."""
+    told: dict[int, tuple[Completion, ...]] = {}
+    engine = opened(name, random_policy(), wave_tokens)
+    found = engine.sample(PROMPTS, num=3, sampling=SAMPLING, seed=1, first=5, done=told.__setitem__)
+    assert all(group == found[place] for place, group in told.items())
+    assert found == engine.sample(PROMPTS, num=3, sampling=SAMPLING, seed=1, first=5)
+    assert name != "hf" or told.keys() == {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_stops_and_limits(name: str) -> None:
     """A completion ends with an end token or at the limit, to which a forced prefix counts."""
     policy = random_policy()

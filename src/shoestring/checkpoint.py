@@ -82,6 +82,12 @@ def latest(folder: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name[5:]), default=None)
 
 
+def steps_done(folder: Path) -> int:
+    """The steps of that checkpoint; 0 without any."""
+    last = latest(folder)
+    return int(last.name[5:]) if last else 0
+
+
 def restore(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
     """Loads weights and optimizer in place and returns the state."""
     own = load_file(path / "optimizer.safetensors")

@@ -43,6 +43,10 @@ def train(
     resume: Annotated[str | None, typer.Option(help="The folder of a run to go on with.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and exit.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")] = False,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Write trace.json.gz (for Perfetto) and profile.json into the run's folder."),
+    ] = False,
 ) -> None:
     """Train a model: [RECIPE] [KEY=VALUE ...]. Without a recipe: the embedded default."""
     from shoestring import config as configs
@@ -60,7 +64,7 @@ def train(
     from shoestring.loop import train as run_training
     from shoestring.loop import where_it_lies
 
-    run = run_training(values, resume=resume, quiet=quiet)
+    run = run_training(values, resume=resume, quiet=quiet, profile=profile)
     if not quiet:
         print(where_it_lies(run))
     if run.stopped_by:

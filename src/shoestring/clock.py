@@ -10,8 +10,9 @@ import torch
 
 
 class Clock:
-    """Seconds, and on a GPU the peak of allocated bytes, of each phase; `reserved` is the peak that the allocator has
-    asked the driver for."""
+    """Seconds, and on a GPU the peak of allocated bytes, of each phase, which may come several times in a step;
+    `reserved` is the peak that the allocator has asked the driver for. In a profiler's trace, a phase is a range of its
+    name."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -27,9 +28,10 @@ class Clock:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         started = time.perf_counter()
-        yield
+        with torch.profiler.record_function(name):
+            yield
         if gpu:
             torch.cuda.synchronize(self.device)
-            self.peaks[name] = torch.cuda.max_memory_allocated(self.device)
+            self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(self.device))
             self.reserved = max(self.reserved, torch.cuda.max_memory_reserved(self.device))
-        self.seconds[name] = time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started

@@ -44,6 +44,28 @@ class RewardSettings(Settings):
 
     functions: tuple[str, ...] = ("task",)
     weights: tuple[float, ...] | None = None
+    workers: int = Field(default=0, ge=0)
+    """Processes that score, each completion by itself, while others are sampled; 0 scores in the loop's own thread."""
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds that a completion may take to score in a worker; None waits."""
+    on_timeout: Literal["stop", "zero"] = "stop"
+    """What a completion does that takes longer: stop the run, or count 0."""
+
+    @model_validator(mode="after")
+    def _a_timeout_can_act(self) -> RewardSettings:
+        if self.timeout is not None and self.workers == 0:
+            raise ConfigError(
+                f"rewards.timeout is {self.timeout:g} and rewards.workers 0",
+                "a function that runs in the loop's own thread cannot be stopped",
+                "set rewards.workers to 1 or more, or leave the timeout out",
+            )
+        if self.on_timeout == "zero" and self.timeout is None:
+            raise ConfigError(
+                'rewards.on_timeout is "zero" without rewards.timeout',
+                "nothing ever takes too long",
+                "set rewards.timeout, in seconds a completion",
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_weight_each(self) -> RewardSettings:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shoestring import budgets, checkpoint, replay, report, runs
+from shoestring import budgets, checkpoint, pool, profiler, replay, report, runs
 from shoestring.batch import has_signal
 from shoestring.checkpoint import State
 from shoestring.clock import Clock
@@ -25,13 +26,16 @@ from shoestring.optim import UpdateReport, build_optimizer, check_optimizer, lea
 from shoestring.pieces import HalfAStep, train_in_pieces
 from shoestring.plan import Plan
 from shoestring.policy import Policy
+from shoestring.pool import Scoring
+from shoestring.prompts import FreshPrompts
 from shoestring.report import Reporter
 from shoestring.rewards import RewardFunction, Rewards, Row, Scored, TrainerState
-from shoestring.rollout import Rollout, encode, roll_out
+from shoestring.rollout import Encoded, Rollout, encode, roll_out
+from shoestring.rounds import Round, Sampled, joined, wanted
 from shoestring.samplers.base import Engine
 from shoestring.signals import held_back
 from shoestring.tasks.base import stable_hash
-from shoestring.types import Batch, Credit, Group, Problem, Prompt, StepReport
+from shoestring.types import Batch, Group, Problem, Prompt, StepReport
 
 # A step whose gradient is not finite is skipped; so many in a row are no accident.
 _MOST_SKIPPED = 3
@@ -68,19 +72,22 @@ def train(
     data: Iterable[Mapping[str, Any]] | None = None,
     resume: str | Path | None = None,
     quiet: bool = False,
+    profile: bool = False,
 ) -> Run:
     """Trains as `config` says (a config, a nested mapping, a recipe's path, or None for the embedded default).
 
     `rewards` are functions in TRL's form (or "task") that take the place of `[rewards] functions`. `data` are rows with
     `prompt` (or `question`) and `answer`; they are written into the run's folder and take the place of the task.
-    `resume` is the folder of a run to go on with. Raises `ConfigError` and `DataError` before the model loads wherever
-    that is possible.
+    `resume` is the folder of a run to go on with. `profile` writes a trace of a step and the seconds by phase into the
+    run's folder (see `shoestring.profiler`). Raises `ConfigError` and `DataError` before the model loads wherever that
+    is possible.
     """
+    pool.refuse_inside_a_worker()
     rewards = (rewards,) if isinstance(rewards, str) or callable(rewards) else tuple(rewards)
     folder, settled = runs.open_run(config, data=data, resume=resume, rewards=rewards)
     try:
         scorer = Rewards(rewards or settled.rewards.functions, settled.rewards.weights)
-        return _run(folder, settled, scorer, quiet=quiet)
+        return _run(folder, settled, scorer, quiet=quiet, profile=profile)
     except ShoestringError:
         if resume is None:
             runs.discard_unused(folder)  # so that the same command works once the mistake is mended
@@ -94,7 +101,8 @@ class Session:
     folder: Path
     config: RunConfig
     problems: Sequence[Problem]
-    scorer: Rewards
+    fresh: FreshPrompts
+    scoring: Scoring
     policy: Policy
     engine: Engine
     optimizer: torch.optim.Optimizer
@@ -111,7 +119,9 @@ class Session:
         return stable_hash(self.config.seed, step, *purpose) >> 1
 
 
-def _run(folder: Path, config: RunConfig, scorer: Rewards, *, quiet: bool) -> Run:
+def _run(folder: Path, config: RunConfig, rewards: Rewards, *, quiet: bool, profile: bool) -> Run:
+    if profile:
+        profiler.check(config.steps, checkpoint.steps_done(folder))
     problems = config.task.problems("train")
     if config.eval_every:
         config.task.problems(config.evaluation.split)  # a split that is not there is found now, not at its first use
@@ -120,18 +130,19 @@ def _run(folder: Path, config: RunConfig, scorer: Rewards, *, quiet: bool) -> Ru
     device = pick_device(config.execution.device)
     budget = budgets.checked_before_loading(config, problems, device)
 
-    with capped(device, budget):
-        session, state, longest = _open(folder, config, problems, scorer, quiet=quiet)
+    with pool.opened(rewards, config.task, config.rewards) as scoring, capped(device, budget):
+        session, state, longest = _open(folder, config, problems, scoring, quiet=quiet)
         with held_back() as stopped, session.reporter.running(state.step):
             if state.step < config.steps:
                 budgets.rehearse(session, state, longest)
-            _train(session, state, stopped)
+            with profiler.recorded(session.reporter, config.steps - state.step, device, on=profile) as next_step:
+                _train(session, state, stopped, next_step)
     stopped_by = stopped[0] if stopped else 0
     return Run(folder, config, report.read_metrics(folder), session.policy, stopped_by, state.best_step)
 
 
 def _open(
-    folder: Path, config: RunConfig, problems: Sequence[Problem], scorer: Rewards, *, quiet: bool
+    folder: Path, config: RunConfig, problems: Sequence[Problem], scoring: Scoring, *, quiet: bool
 ) -> tuple[Session, State, Prompt]:
     """Everything that stays from step to step, the state to go on from, and the longest prompt there is."""
     torch.manual_seed(config.seed)  # the adapter's first weights; everything later draws from hashes of the seed
@@ -146,15 +157,17 @@ def _open(
 
     reporter = Reporter(folder, config.steps, quiet=quiet)
     engine = config.sampler.open(policy, state.wave_tokens)
-    session = Session(folder, config, problems, scorer, policy, engine, optimizer, reporter, plan, state.step)
+    fresh = _fresh_prompts(config, policy, problems)
+    session = Session(folder, config, problems, fresh, scoring, policy, engine, optimizer, reporter, plan, state.step)
     reporter.say(describe(config, policy, folder, state))
     if plan is not None:
         reporter.say(budgets.describe(plan))
     return session, state, longest
 
 
-def _train(session: Session, state: State, stopped: Sequence[int]) -> None:
-    """Steps until the last, or until a signal has come; evaluations and checkpoints where they are due."""
+def _train(session: Session, state: State, stopped: Sequence[int], next_step: Callable[[], None]) -> None:
+    """Steps until the last, or until a signal has come; evaluations and checkpoints where they are due. `next_step`
+    tells the profiler."""
     config = session.config
     while state.step < config.steps and not stopped:
         if config.eval_every and state.step % config.eval_every == 0:
@@ -165,6 +178,7 @@ def _train(session: Session, state: State, stopped: Sequence[int]) -> None:
             if state.step and not isinstance(error, HalfAStep):
                 session.save(state)
             raise
+        next_step()
         if state.skipped_in_a_row == _MOST_SKIPPED:
             session.save(state)
             raise _never_finite(state, session.folder)
@@ -178,17 +192,15 @@ def _train(session: Session, state: State, stopped: Sequence[int]) -> None:
 
 def _step(session: Session, state: State) -> None:
     """One step: sample, score, give credit, update, report. `state` moves at its end, once all of it is done."""
-    config, algorithm, step = session.config, session.config.algorithm, state.step
+    config, step = session.config, state.step
     clock = Clock(session.policy.device)
-    with clock.phase("sample"):
-        rollouts, num_cut = _roll_out(session, state)
-        give_back(session.policy.device)  # nothing of sampling stays
-    with clock.phase("score"):
-        scored, groups = _score(session, rollouts, step)
-    with clock.phase("credit"):
-        generators = [torch.Generator().manual_seed(session.seed(step, "credit", i)) for i in range(len(groups))]
-        credits = [algorithm.credit(group, generator) for group, generator in zip(groups, generators, strict=True)]
-    with clock.phase("train"):
+    rounds: list[Round] = []
+    while num := wanted(rounds, config.sampling):  # one round, unless dynamic sampling is on
+        rounds.append(_round(session, state, clock, sum(len(done.groups) for done in rounds), num))
+    sampled = joined(rounds, config.sampling.num_prompts)
+    groups, credits = [sampled.groups[i] for i in sampled.kept], [sampled.credits[i] for i in sampled.kept]
+    cursor = state.cursor + len(sampled.groups) - len(state.replays)
+    with clock.phase("train"), session.fresh.ahead(cursor, config.sampling.most_prompts):
         set_learning_rate(session.optimizer, learning_rate(step, config.steps, config.optim))
         seed = session.seed(step, "round")
         result, batches = train_in_pieces(
@@ -200,15 +212,15 @@ def _step(session: Session, state: State) -> None:
             state.skipped_in_a_row = 0 if result.applied else state.skipped_in_a_row + 1
             state.culprits = ", ".join(result.culprits)
     state.wave_tokens = session.engine.wave_tokens
-    state.cursor += config.sampling.num_prompts - len(state.replays)
+    state.cursor = cursor
     state.replays = replay.choose(
-        algorithm.replay, groups, config.sampling.num_prompts, Random(session.seed(step, "replay"))
+        config.algorithm.replay, groups, config.sampling.num_prompts, Random(session.seed(step, "replay"))
     )
     state.step += 1
-    session.reporter.samples(step, rollouts, [group.scores for group in groups], credits, scored.columns)
-    done = Done(step, groups, credits, batches, scored, result, num_cut)
+    session.reporter.samples(step, sampled)
+    done = Done(step, sampled, batches, result)
     session.reporter.step(_step_report(session, state, done, clock))
-    _warn(session.reporter, done)
+    _warn(session, done)
     if session.plan is not None and step == session.first_step:
         budgets.compare(session, clock)
 
@@ -223,29 +235,67 @@ def _never_finite(state: State, folder: Path) -> NonFiniteError:
 # --- the stages of a step -------------------------------------------------------------------------------------------
 
 
-def _roll_out(session: Session, state: State) -> tuple[list[Rollout], int]:
-    """Completions of fresh problems, and of the prefixes that replay wants to see continued; counts cut prompts."""
-    config, sampling, step = session.config, session.config.sampling, state.step
-    num_fresh = sampling.num_prompts - len(state.replays)
-    chosen = [session.problems[i] for i in order(len(session.problems), config.seed, state.cursor, num_fresh)]
-    fresh, num_cut = encode(
-        session.policy,
-        config.task,
-        chosen,
-        sampling.max_new_tokens,
-        max_prompt_tokens=sampling.max_prompt_tokens,
-        allow_truncated=config.allow_truncated_prompts,
-    )
+def _round(session: Session, state: State, clock: Clock, start: int, num: int) -> Round:
+    """`num` more prompts of a step that has `start` already, sampled, scored and with their credit."""
+    step = state.step
+    with clock.phase("sample"):
+        rollouts, num_cut = _roll_out(session, state, start, num)
+        give_back(session.policy.device)  # nothing of sampling stays
+    with clock.phase("score"):
+        scored, groups = _score(session, rollouts, step)
+    with clock.phase("credit"):
+        generators = [
+            torch.Generator().manual_seed(session.seed(step, "credit", start + i)) for i in range(len(groups))
+        ]
+        credit = session.config.algorithm.credit
+        credits = [credit(group, generator) for group, generator in zip(groups, generators, strict=True)]
+    return Round(rollouts, groups, credits, scored, num_cut)
 
-    def rolled(prompts: list[Prompt], num: int, purpose: str) -> list[Rollout]:
-        seed = session.seed(step, purpose)
-        return roll_out(session.policy, session.engine, prompts, num=num, sampling=sampling, seed=seed)
 
-    rollouts = rolled(fresh, sampling.num_completions, "sample")
-    if state.replays:
-        num = config.algorithm.replay.completions or sampling.num_completions
-        rollouts += rolled(state.replays, num, "sample replays")
+def _roll_out(session: Session, state: State, start: int, num: int) -> tuple[list[Rollout], int]:
+    """Completions of fresh problems and, in a step's first round (`start` 0), of the prefixes that replay wants to see
+    continued; counts cut prompts. Scoring hears of each group as soon as it is there."""
+    sampling, step = session.config.sampling, state.step
+    replays = state.replays if start == 0 else []
+    place = max(start - len(state.replays), 0)  # of the first fresh prompt, among the step's fresh ones
+    fresh, num_cut = session.fresh.take(state.cursor + place, num - len(replays))
+
+    def begin_to_score(rollout: Rollout) -> None:
+        session.scoring.begin(_rows([rollout]), _trainer_state(session, step))
+
+    def rolled(prompts: list[Prompt], num: int, purpose: str, first: int = 0) -> list[Rollout]:
+        return roll_out(
+            session.policy,
+            session.engine,
+            prompts,
+            num=num,
+            sampling=sampling,
+            seed=session.seed(step, purpose),
+            first=first,
+            done=begin_to_score if session.scoring.early else None,
+        )
+
+    rollouts = rolled(fresh, sampling.num_completions, "sample", place)
+    if replays:
+        num = session.config.algorithm.replay.completions or sampling.num_completions
+        rollouts += rolled(replays, num, "sample replays")
     return rollouts, num_cut
+
+
+def _fresh_prompts(config: RunConfig, policy: Policy, problems: Sequence[Problem]) -> FreshPrompts:
+    """The run's problems as prompts, in its order."""
+
+    def encoded(index: int) -> Encoded:
+        return encode(
+            policy,
+            config.task,
+            [problems[index]],
+            config.sampling.max_new_tokens,
+            max_prompt_tokens=config.sampling.max_prompt_tokens,
+            allow_truncated=config.allow_truncated_prompts,
+        )
+
+    return FreshPrompts(lambda start, num: order(len(problems), config.seed, start, num), encoded)
 
 
 def order(count: int, seed: int, start: int, num: int) -> list[int]:
@@ -264,50 +314,54 @@ def order(count: int, seed: int, start: int, num: int) -> list[int]:
 
 
 def _score(session: Session, rollouts: Sequence[Rollout], step: int) -> tuple[Scored, list[Group]]:
-    rows = [
+    scored = session.scoring.score(_rows(rollouts), _trainer_state(session, step))
+    scores = iter(scored.scores)
+    groups = [Group(r.prompt, r.completions, tuple(next(scores) for _ in r.completions)) for r in rollouts]
+    return scored, groups
+
+
+def _rows(rollouts: Iterable[Rollout]) -> list[Row]:
+    return [
         Row(rollout.prompt.problem, text, completion.token_ids)
         for rollout in rollouts
         for text, completion in zip(rollout.texts, rollout.completions, strict=True)
     ]
-    state = TrainerState(global_step=step, max_steps=session.config.steps)
-    scored = session.scorer.score(session.config.task, rows, state)
-    scores = iter(scored.scores)
-    groups = [Group(r.prompt, r.completions, tuple(next(scores) for _ in r.completions)) for r in rollouts]
-    return scored, groups
+
+
+def _trainer_state(session: Session, step: int) -> TrainerState:
+    return TrainerState(global_step=step, max_steps=session.config.steps)
 
 
 class Done(NamedTuple):
     """A step, for its report."""
 
     step: int
-    groups: Sequence[Group]
-    credits: Sequence[Credit]
+    sampled: Sampled
     batches: Sequence[Batch]
-    scored: Scored
     result: UpdateReport
-    num_cut: int
 
 
 def _step_report(session: Session, state: State, done: Done, clock: Clock) -> StepReport:
-    scores = [score for group in done.groups for score in group.scores]
-    completions = [completion for group in done.groups for completion in group.completions]
+    sampled, result = done.sampled, done.result
+    scores = [score for group in sampled.groups for score in group.scores]
+    completions = [completion for group in sampled.groups for completion in group.completions]
     names = sorted({name for score in scores for name in score.parts})
-    result = done.result
+    tokens = [sum(len(c.token_ids) for c in group.completions) for group in sampled.groups]
     return StepReport(
         step=done.step,
         reward=_mean([score.value for score in scores]),
         reward_parts={name: _mean([s.parts[name] for s in scores if name in s.parts]) for name in names}
-        | dict(done.scored.metrics),
+        | dict(sampled.scored.metrics),
         solved=_mean(
             [float(score.parts.get("solved", score.parts.get("correct", score.value)) >= 1) for score in scores]
         ),
-        groups=len(done.groups),
-        groups_with_signal=sum(has_signal(credit) for credit in done.credits),
-        tokens_sampled=sum(len(c.token_ids) for c in completions),
+        groups=len(sampled.kept),
+        groups_with_signal=sum(has_signal(credit) for credit in sampled.credits),
+        tokens_sampled=sum(tokens),
         tokens_trained=sum(len(batch.row) for batch in done.batches),
         tokens_run=sum(batch.input_ids.numel() for batch in done.batches),
         truncated=sum(c.stop == "length" for c in completions),
-        prompts_truncated=done.num_cut,
+        prompts_truncated=sampled.num_cut,
         loss=result.loss,
         grad_norm=result.grad_norm,
         kl=result.kl,
@@ -324,6 +378,10 @@ def _step_report(session: Session, state: State, done: Done, clock: Clock) -> St
         checkpointing=state.pieces.checkpointing,
         importance_mean=result.importance_mean,
         importance_capped=result.importance_capped,
+        groups_dropped=len(sampled.groups) - len(sampled.kept),
+        tokens_dropped=sum(tokens) - sum(tokens[place] for place in sampled.kept),
+        timed_out=len(sampled.scored.timed_out),
+        tokens_per_s=sum(tokens) / clock.seconds["sample"],
     )
 
 
@@ -331,15 +389,20 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _warn(reporter: Reporter, done: Done) -> None:
+def _warn(session: Session, done: Done) -> None:
     """What a user should not have to find out by reading metrics."""
-    step, groups, result = done.step, done.groups, done.result
+    reporter, step, groups, result = session.reporter, done.step, done.sampled.groups, done.result
     scores = [score.value for group in groups for score in group.scores]
     cut = [completion.stop == "length" for group in groups for completion in group.completions]
     if result.culprits:
         reporter.warn(
             f"Step {step} was not applied: the loss or gradient of {', '.join(result.culprits)} is not finite "
             f"(loss {result.loss}, norm {result.grad_norm})."
+        )
+    for problem, count in Counter(done.sampled.scored.timed_out).items():
+        reporter.warn(
+            f"Step {step}: {count} of problem {problem}'s completions took longer than rewards.timeout "
+            f"({session.config.rewards.timeout:g} s) to score and {'counts' if count == 1 else 'count'} 0."
         )
     if step == 0 and not any(scores):
         reporter.warn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from shoestring.rollout import Rollout
-from shoestring.types import Credit, Score, StepReport
+from shoestring.rounds import Sampled
+from shoestring.types import StepReport
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
 
@@ -64,23 +64,20 @@ class Reporter:
             f"({values['low']:.1%} to {values['high']:.1%}) on {values['problems']} problems"
         )
 
-    def samples(
-        self,
-        step: int,
-        rollouts: Sequence[Rollout],
-        scores: Sequence[Sequence[Score]],
-        credits: Sequence[Credit],
-        extra: Mapping[str, Sequence[Any]],
-    ) -> None:
-        """One line a completion: prompt, text, score and the credit of its selected tokens, [token, advantage]."""
-        lines, place = [], 0
-        for rollout, group_scores, credit in zip(rollouts, scores, credits, strict=True):
+    def samples(self, step: int, sampled: Sampled) -> None:
+        """One line a completion: prompt, text, score and the credit of its selected tokens, [token, advantage]. Those
+        of groups that dynamic sampling dropped are marked."""
+        lines, row = [], 0
+        extra = sampled.scored.columns
+        for place, (rollout, group, credit) in enumerate(
+            zip(sampled.rollouts, sampled.groups, sampled.credits, strict=True)
+        ):
             chosen: list[list[list[float]]] = [[] for _ in rollout.texts]
-            for row, col, advantage in zip(
+            for g, col, advantage in zip(
                 credit.row.tolist(), credit.col.tolist(), credit.advantage.tolist(), strict=True
             ):
-                chosen[row].append([col, round(advantage, 6)])
-            for g, (text, score) in enumerate(zip(rollout.texts, group_scores, strict=True)):
+                chosen[g].append([col, round(advantage, 6)])
+            for g, (text, score) in enumerate(zip(rollout.texts, group.scores, strict=True)):
                 completion = rollout.completions[g]
                 record = {
                     "step": step,
@@ -96,9 +93,11 @@ class Reporter:
                     "credit": chosen[g],
                 }
                 if extra:
-                    record["extra"] = {name: values[place] for name, values in extra.items()}
+                    record["extra"] = {name: values[row] for name, values in extra.items()}
+                if place not in sampled.kept:
+                    record["dropped"] = True
                 lines.append(record)
-                place += 1
+                row += 1
         self._append("samples.jsonl", *lines)
 
     def _append(self, name: str, *records: Mapping[str, Any]) -> None:
@@ -117,10 +116,12 @@ def _finite(value: Any) -> Any:
 def one_line(report: StepReport, steps: int) -> str:
     """The console line of a step."""
     seconds = sum(report.seconds.values())
+    dropped = f" ({report.groups_dropped} more dropped)" if report.groups_dropped else ""
     return (
         f"step {report.step + 1:>{len(str(steps))}}/{steps}  reward {report.reward:.3f}  solved {report.solved:.1%}  "
-        f"signal {report.groups_with_signal}/{report.groups}  trained {report.tokens_trained:,} of "
-        f"{report.tokens_sampled:,} tokens  loss {report.loss:+.4f}  norm {report.grad_norm:.3f}  {seconds:.2f} s"
+        f"signal {report.groups_with_signal}/{report.groups}{dropped}  trained {report.tokens_trained:,} of "
+        f"{report.tokens_sampled:,} tokens  loss {report.loss:+.4f}  norm {report.grad_norm:.3f}  {seconds:.2f} s  "
+        f"{report.tokens_per_s:,.0f} tokens/s"
         + ("" if report.applied or not report.tokens_trained else "  NOT APPLIED")
     )
 

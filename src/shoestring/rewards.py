@@ -26,7 +26,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from shoestring.errors import ConfigError, DataError, nearest
 from shoestring.tasks.base import Task, plain_text
@@ -76,6 +76,59 @@ class Scored:
     scores: list[Score]
     metrics: Mapping[str, float] = field(default_factory=dict)
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
+    timed_out: Sequence[str] = ()
+    """The problems of the rows that were not scored in time and count 0, one a row."""
+
+
+def joined_scored(pieces: Sequence[Scored]) -> Scored:
+    """Several of a step's scores as one; a metric's mean is over their rows."""
+    if len(pieces) == 1:
+        return pieces[0]
+    rows = [len(piece.scores) for piece in pieces]
+    metrics: dict[str, float] = {}
+    for name in dict.fromkeys(name for piece in pieces for name in piece.metrics):
+        held = [(piece.metrics[name], num) for piece, num in zip(pieces, rows, strict=True) if name in piece.metrics]
+        metrics[name] = sum(mean * num for mean, num in held) / sum(num for _, num in held)
+    return Scored(
+        [score for piece in pieces for score in piece.scores],
+        metrics,
+        _joined_columns([piece.columns for piece in pieces], rows),
+        tuple(problem for piece in pieces for problem in piece.timed_out),
+    )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the functions said of some rows, before weights: each function's rewards by its name, [rows]; the parts of
+    the task's own score, [rows]; what `log_metric` gave; the columns of `log_extra` by (function, column), [rows]."""
+
+    rewards: Mapping[str, list[float | None]]
+    parts: list[dict[str, float]]
+    metrics: Mapping[str, list[float]] = field(default_factory=dict)
+    columns: Mapping[tuple[str, str], list[Any]] = field(default_factory=dict)
+
+
+def joined_judged(pieces: Sequence[Judged]) -> Judged:
+    """What was said of one row after another, as one."""
+    names = dict.fromkeys(name for piece in pieces for name in piece.metrics)
+    return Judged(
+        {name: [reward for piece in pieces for reward in piece.rewards[name]] for name in pieces[0].rewards},
+        [part for piece in pieces for part in piece.parts],
+        {name: [value for piece in pieces for value in piece.metrics.get(name, [])] for name in names},
+        _joined_columns([piece.columns for piece in pieces], [len(piece.parts) for piece in pieces]),
+    )
+
+
+K = TypeVar("K")
+
+
+def _joined_columns(pieces: Sequence[Mapping[K, list[Any]]], rows: Sequence[int]) -> dict[K, list[Any]]:
+    """Columns end to end, with None for the rows of a piece that lacks one."""
+    names = dict.fromkeys(name for piece in pieces for name in piece)
+    return {
+        name: [value for piece, num in zip(pieces, rows, strict=True) for value in piece.get(name, [None] * num)]
+        for name in names
+    }
 
 
 class Rewards:
@@ -97,6 +150,7 @@ class Rewards:
                 "each function's reward is multiplied by its own weight",
                 f"write {len(functions)} weights, or none for 1.0 each",
             )
+        self.given = tuple(functions)
         self.functions = tuple(load(f) if isinstance(f, str) and f != "task" else f for f in functions)
         self.weights = tuple(map(float, weights)) if weights is not None else (1.0,) * len(functions)
         self.names = _unique([f if isinstance(f, str) else _unwrapped_name(f) for f in self.functions])
@@ -112,8 +166,10 @@ class Rewards:
         does the same for any algorithm that subtracts a mean, with every reward a number. In a step that has such
         completions the part "unscored" says which they are.
         """
-        if not rows:
-            return Scored([])
+        return self.weigh(rows, self.judge(task, rows, state)) if rows else Scored([])
+
+    def judge(self, task: Task, rows: Sequence[Row], state: TrainerState) -> Judged:
+        """Calls each function once, for all of the rows."""
         own = [task.score(row.problem, row.text) for row in rows] if "task" in self.functions else []
         calls = [_Call(name, task, rows, state) for name in self.names]
         rewards: dict[str, list[float | None]] = {}
@@ -126,12 +182,16 @@ class Rewards:
         results = _wait([call.run_async(function) for function, call in late])
         rewards |= {call.name: result for (_, call), result in zip(late, results, strict=True)}
         parts = [dict(score.parts) for score in own] or [{} for _ in rows]
-        return Scored(self._scores(rows, rewards, parts), _metrics(calls), _columns(calls))
+        return Judged(rewards, parts, _metrics(calls), _columns(calls))
 
-    def _scores(
-        self, rows: Sequence[Row], rewards: Mapping[str, Sequence[float | None]], parts: list[dict[str, float]]
-    ) -> list[Score]:
-        """Adds the functions' rewards to each row's `parts`, and their weighted sum."""
+    def weigh(self, rows: Sequence[Row], judged: Judged, timed_out: Sequence[str] = ()) -> Scored:
+        """The scores of a step's rows from what the functions said of them."""
+        metrics = {name: _mean(logged) for name, logged in judged.metrics.items()}
+        return Scored(self._scores(rows, judged), metrics, _named(judged.columns), timed_out)
+
+    def _scores(self, rows: Sequence[Row], judged: Judged) -> list[Score]:
+        """Adds the functions' rewards to each row's parts, and their weighted sum."""
+        rewards, parts = judged.rewards, [dict(part) for part in judged.parts]
         values: list[float | None] = []
         of_problem: dict[str, list[float]] = defaultdict(list)
         for i, row in enumerate(rows):
@@ -294,21 +354,24 @@ def _is_async(function: RewardFunction) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _metrics(calls: Sequence[_Call]) -> dict[str, float]:
-    """The mean of each metric over all calls of `log_metric` in the step."""
+def _metrics(calls: Sequence[_Call]) -> dict[str, list[float]]:
+    """What all calls of `log_metric` gave, by name."""
     values: dict[str, list[float]] = defaultdict(list)
     for call in calls:
         for name, logged in call.metrics.items():
             values[name] += logged
-    return {name: _mean(logged) for name, logged in values.items()}
+    return dict(values)
 
 
-def _columns(calls: Sequence[_Call]) -> dict[str, list[Any]]:
+def _columns(calls: Sequence[_Call]) -> dict[tuple[str, str], list[Any]]:
+    return {(call.name, column): values for call in calls for column, values in call.extra.items()}
+
+
+def _named(columns: Mapping[tuple[str, str], list[Any]]) -> dict[str, list[Any]]:
     """The logged columns; where two functions log one name, the second's is called "function/column"."""
     found: dict[str, list[Any]] = {}
-    for call in calls:
-        for column, values in call.extra.items():
-            found[f"{call.name}/{column}" if column in found else column] = values
+    for (function, column), values in columns.items():
+        found[f"{function}/{column}" if column in found else column] = values
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from shoestring.errors import DataError
@@ -72,12 +72,16 @@ def roll_out(
     sampling: Sampling,
     seed: int,
     first: int = 0,
+    done: Callable[[Rollout], None] | None = None,
 ) -> list[Rollout]:
-    """`num` completions of each prompt, decoded; the prompts' places are counted from `first`."""
+    """`num` completions of each prompt, decoded; the prompts' places are counted from `first`. `done` may be told of
+    each rollout while others are sampled, and more than once."""
     if not prompts:
         return []
-    completions = engine.sample(prompts, num=num, sampling=sampling, seed=seed, first=first)
-    return [
-        Rollout(prompt, group, tuple(policy.decode(prompt.prefix + completion.token_ids) for completion in group))
-        for prompt, group in zip(prompts, completions, strict=True)
-    ]
+
+    def decoded(prompt: Prompt, group: tuple[Completion, ...]) -> Rollout:
+        return Rollout(prompt, group, tuple(policy.decode(prompt.prefix + c.token_ids) for c in group))
+
+    told = None if done is None else lambda place, group: done(decoded(prompts[place], group))
+    completions = engine.sample(prompts, num=num, sampling=sampling, seed=seed, first=first, done=told)
+    return [decoded(prompt, group) for prompt, group in zip(prompts, completions, strict=True)]

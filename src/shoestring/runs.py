@@ -17,7 +17,8 @@ from shoestring.settings import build
 from shoestring.tasks.file import File
 
 # What a resumed run may change: how long it is and how it is carried out, not what it computes.
-_MAY_CHANGE = ("steps", "save_every", "memory", "execution.")
+_CARRIED_OUT = ("rewards.workers", "rewards.timeout", "rewards.on_timeout")
+_MAY_CHANGE = ("steps", "save_every", "memory", "execution.", *_CARRIED_OUT)
 
 _PYTHON = "python:"  # stands before the name of a reward that was handed over as a function
 

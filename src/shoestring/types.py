@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:  # what scores completions in a process of its own need not wait for torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,11 @@ class StepReport:
     after a phase that ran out of memory. `sampler_gap` is the mean distance between the sampler's log-probs and the
     training forward's; `importance_mean` the mean weight that makes up for it, and `importance_capped` the share of
     tokens whose weight the cap changed.
+
+    With dynamic sampling, `groups` are those that the step kept, and `groups_dropped` and `tokens_dropped` what else it
+    sampled; `reward`, `reward_parts`, `solved`, `tokens_sampled` and `truncated` are over both, so that they compare
+    with a run without. `timed_out` counts completions that were not scored in time. `tokens_per_s` is `tokens_sampled`
+    over the seconds of sampling.
     """
 
     step: int
@@ -183,3 +189,7 @@ class StepReport:
     checkpointing: bool = False
     importance_mean: float = 1.0
     importance_capped: float = 0.0
+    groups_dropped: int = 0
+    tokens_dropped: int = 0
+    timed_out: int = 0
+    tokens_per_s: float = 0.0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from shoestring.errors import ConfigError
 from shoestring.settings import Settings
 from shoestring.types import Completion, Prompt
 
@@ -30,12 +31,41 @@ class Sampling(Settings):
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Longer prompts are refused, or cut from the left with `allow_truncated_prompts`; None sets no limit, and the
     memory plan takes the longest prompt of the data."""
+    dynamic_sampling: float = Field(default=1.0, ge=1)
+    """At most so many times `num_prompts` are sampled in a step, in place of groups without signal (DAPO, arXiv
+    2503.14476); 1.0 samples no more than once."""
     ignore_eos: bool = False
     """Sample `max_new_tokens` whatever comes (for benchmarks)."""
 
+    @field_validator("dynamic_sampling", mode="before")
+    @classmethod
+    def _is_a_budget(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ConfigError(
+                f"sampling.dynamic_sampling is {str(value).lower()}",
+                "it is how many times num_prompts a step may sample",
+                "write a number such as 3 (1 turns it off)",
+            )
+        return value
 
-Done = Callable[[int, tuple[Completion, ...]], None]
-"""Told of a complete group: the place of its prompt in the call, and its completions."""
+    @model_validator(mode="after")
+    def _budget_holds_a_prompt_more(self) -> Sampling:
+        if self.dynamic_sampling > 1 and self.most_prompts == self.num_prompts:
+            raise ConfigError(
+                f"sampling.dynamic_sampling is {self.dynamic_sampling:g} with {self.num_prompts} prompts",
+                "that leaves less than one prompt to sample beyond them",
+                f"write {1 + 1 / self.num_prompts:.3g} or more, or 1 to turn it off",
+            )
+        return self
+
+    @property
+    def most_prompts(self) -> int:
+        """Prompts that a step samples at most."""
+        return int(self.dynamic_sampling * self.num_prompts + 1e-6)
+
+
+Told = Callable[[int, tuple[Completion, ...]], None]
+"""Hears of a group as soon as it is complete: the place of its prompt in the call, and its completions."""
 
 
 class Engine(Protocol):
@@ -48,11 +78,21 @@ class Engine(Protocol):
         ...
 
     def sample(
-        self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, seed: int, first: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num: int,
+        sampling: Sampling,
+        seed: int,
+        first: int = 0,
+        done: Told | None = None,
     ) -> list[tuple[Completion, ...]]:
         """`num` completions of each prompt. What a completion draws depends on (seed, place of the prompt, place of the
         completion, position) and on nothing else, so neither waves nor batch sizes choose it. Places of prompts are
-        counted from `first`, so that many prompts can be sampled in several calls as in one."""
+        counted from `first`, so that many prompts can be sampled in several calls as in one.
+
+        `done`, where given, may be told of each group once it is complete, while others are sampled. Where sampling
+        begins anew because memory ran out, it may be told again; what counts is what is returned."""
         ...
 
     def rehearse(self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from shoestring.errors import ConfigError
 from shoestring.memory import is_out_of_memory, shrinking
-from shoestring.samplers.base import Done, Sampling
+from shoestring.samplers.base import Sampling, Told
 from shoestring.samplers.decoder import Decoder, unsupported
 from shoestring.samplers.draw import noise
 from shoestring.samplers.hf import PREFILL_SHARE, HfEngine, added_tokens, no_room, prompt_chunks, right_padded
@@ -79,7 +79,7 @@ class GraphEngine:
         sampling: Sampling,
         seed: int,
         first: int = 0,
-        done: Done | None = None,
+        done: Told | None = None,
     ) -> list[tuple[Completion, ...]]:
         found: dict[int, tuple[Completion, ...]] = {}
 
@@ -228,7 +228,7 @@ class _Wave:
         places: Sequence[int],
         num_rows: int,
         noise_of: Callable[[int, int], torch.Tensor],
-        take: Done,
+        take: Told,
     ) -> None:
         """Samples the completions of the prompts at `places`, handing over each group as it is complete."""
         ends = () if self._sampling.ignore_eos else self._policy.eos_ids
@@ -334,7 +334,7 @@ class _Wave:
             found = self._policy.prefill_hidden(ids, last, cache)
             self._first_hidden[torch.tensor(places, device=found.device)] = found
 
-    def _leave(self, ended: Sequence[int], lengths: dict[int, int], ends: Sequence[int], take: Done) -> None:
+    def _leave(self, ended: Sequence[int], lengths: dict[int, int], ends: Sequence[int], take: Told) -> None:
         """Frees the places of completions that have ended, and hands over the groups that are complete."""
         for row in ended:
             p = row // self._num

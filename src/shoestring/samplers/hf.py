@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shoestring.memory import OutOfMemory, is_out_of_memory, shrinking
-from shoestring.samplers.base import Sampling
+from shoestring.samplers.base import Sampling, Told
 from shoestring.samplers.draw import draw, noise
 from shoestring.settings import Settings
 from shoestring.types import Completion, Prompt
@@ -45,16 +45,26 @@ class HfEngine:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, seed: int, first: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num: int,
+        sampling: Sampling,
+        seed: int,
+        first: int = 0,
+        done: Told | None = None,
     ) -> list[tuple[Completion, ...]]:
         places = [(p, g) for p in range(len(prompts)) for g in range(num)]
         if not places:
             return []
 
-        def attempt(wave_tokens: int) -> dict[tuple[int, int], Completion]:
-            found: dict[tuple[int, int], Completion] = {}
+        def attempt(wave_tokens: int) -> dict[Place, Completion]:
+            found: dict[Place, Completion] = {}
             for wave in self._waves(prompts, places, sampling, wave_tokens):
                 found.update(zip(wave, self._sample_wave(prompts, wave, sampling, seed, first), strict=True))
+                for p in dict.fromkeys(p for p, _ in wave):
+                    if done is not None and all((p, g) in found for g in range(num)):
+                        done(p, tuple(found[p, g] for g in range(num)))
             return found
 
         found = self._shrinking(attempt, prompts, places, sampling)
