@@ -28,6 +28,7 @@ from shoestring.models import load_tokenizer
 from shoestring.plan import Plan, check, longest_problems, predict
 from shoestring.policy import Policy, Reader, load_policy
 from shoestring.rollout import encode
+from shoestring.samplers.base import Engine
 from shoestring.shapes import read_shape
 from shoestring.types import Problem, Prompt
 
@@ -121,17 +122,37 @@ def settle_pieces(state: State, config: RunConfig, plan: Plan | None) -> None:
         state.pieces.checkpointing = False
 
 
+def trunk_layer(config: RunConfig, policy: Policy, engine: Engine, plan: Plan | None) -> tuple[int | None, str]:
+    """The layer that training may start from with what sampling saw there, or None and why not.
+
+    That is exact as long as nothing below is trained or random and the layers above see nothing but the residual
+    stream of the same tokens at the same places. Modules are in evaluation mode for good, so nothing is random.
+    """
+    first = policy.first_gradient_layer
+    if config.execution.trunk_cache is False:
+        return None, ""
+    if first == 0:
+        return None, "the lowest layer is trained" if policy.adapted is not None else "all layers are trained"
+    if not getattr(engine, "keeps_trunk", False):
+        return None, "this sampler keeps nothing but tokens"
+    if not policy.takes_trees:
+        return None, "the layers of this model see more than the residual stream of all tokens before"
+    if plan is not None and not plan.work.trunk_rows:
+        return None, "the budget has no room for it"
+    return first, ""
+
+
 def rehearse(session: Session, state: State, longest: Prompt) -> None:
     """The largest pieces of a step, done once and thrown away, so that a run that cannot fit fails in its first minute:
     on a GPU, and wherever a budget is set."""
     config, sampling = session.config, session.config.sampling
     if session.policy.device.type != "cuda" and config.memory is None:
         return
-    pieces.rehearse(session.policy, session.optimizer, longest, config, state.pieces)
+    pieces.rehearse(session.policy, session.optimizer, longest, config, state.pieces, session.trunk_layer)
     give_back(session.policy.device)
     shorter = Prompt(longest.problem, longest.token_ids[1:] or longest.token_ids, longest.answer_start - 1)
     prompts = [longest, *[shorter] * (sampling.num_prompts - 1)]  # of two lengths, so that attention needs its mask
-    session.engine.rehearse(prompts, num=sampling.num_completions, sampling=sampling)
+    session.engine.rehearse(prompts, num=sampling.num_completions, sampling=sampling, trunk_layer=session.trunk_layer)
     give_back(session.policy.device)
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from shoestring.heads import head_bytes
 from shoestring.samplers.draw import DRAW_TILE
+from shoestring.samplers.graph import prompts_at_once
 from shoestring.samplers.hf import PREFILL_SHARE
 from shoestring.shapes import FAMILIES, Shape
 
@@ -25,6 +26,8 @@ NF4_TABLES = 2**12
 WORKSPACE = 60 * 2**20
 # The fp32 and fp64 numbers that a draw makes of each logit.
 DRAW_BYTES = 24
+# Linear layers that share an input, and are one product of the decode step.
+_PRODUCTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 CONTEXT = 500 * 2**20
 """About what the CUDA context and loaded kernels take of a card, outside every budget."""
 
@@ -73,6 +76,12 @@ class Work:
     """Bytes that an optimizer step takes for its while."""
     reference: Literal["none", "adapter", "copy"] = "none"
     """Where a KL term's reference comes from."""
+    graph: bool = False
+    """Sampled by our own decode step: prompts are cached once, and what its captured steps use stays."""
+    trees: bool = False
+    """What completions share is run once in training."""
+    trunk_rows: int = 0
+    """Completions whose residual stream is kept for training; 0 without a trunk cache."""
 
     @property
     def slots(self) -> int:
@@ -113,7 +122,34 @@ def workspace(work: Work) -> int:
 
 
 def static(work: Work) -> int:
-    return weights(work) + held(work) + workspace(work)
+    return weights(work) + held(work) + workspace(work) + fused(work) + trunk_cache(work)
+
+
+def fused(work: Work) -> int:
+    """LoRA matrices once more, in the model's type, as the decode step uses them."""
+    if not work.graph or work.trained.whole:
+        return 0
+    ranks = -(-work.trained.rank // 8) * 8
+    blocks = 0
+    for names in _PRODUCTS:
+        linears = [linear for linear in work.shape.linears if linear.name in names]
+        count = sum(linear.name in work.trained.modules for linear in linears)
+        if count:  # A of each, and B in a block of all
+            blocks += ranks * count * (linears[0].inputs + sum(linear.outputs for linear in linears))
+    return work.itemsize * blocks * work.trained.adapted_layers
+
+
+def trunk_cache(work: Work) -> int:
+    """The residual stream in front of the first layer that is trained, from sampling to training."""
+    prompts = -(-work.trunk_rows * work.prompts // work.rows) if work.rows else 0
+    return work.itemsize * work.shape.hidden * (work.trunk_rows * work.added + prompts * work.prompt)
+
+
+def captured(work: Work, rows: int) -> int:
+    """What captured decode steps of up to `rows` hold between samplings: logits, and a layer's tensors."""
+    if not (work.graph and work.gpu):
+        return 0
+    return rows * (work.itemsize * work.shape.vocab + forward_token(work)) + dequantised(work)
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
@@ -121,7 +157,15 @@ def static(work: Work) -> int:
 
 def kv_cache(work: Work, rows: int) -> int:
     shape = work.shape
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * work.itemsize * rows * work.slots
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * work.itemsize * cache_slots(work, rows)
+
+
+def cache_slots(work: Work, rows: int) -> int:
+    """Tokens that the cache has room for."""
+    if not work.graph:
+        return rows * work.slots
+    prompts = prompts_at_once(rows, work.prompts, max(work.rows // work.prompts, 1))
+    return prompts * work.prompt + rows * work.added
 
 
 def forward_token(work: Work) -> int:
@@ -136,7 +180,7 @@ def prefill_tokens(work: Work, rows: int) -> int:
     """Prompt tokens that are run at once for a wave of `rows`."""
     whole, rest = divmod(rows, max(work.rows // work.prompts, 1))
     distinct = min(work.prompts, whole + 2 * (rest > 0))  # a wave that ends inside a group may also begin inside one
-    most = max(rows * work.slots // PREFILL_SHARE, work.prompt)
+    most = max(cache_slots(work, rows) // PREFILL_SHARE, work.prompt)
     return min(distinct, max(most // work.prompt, 1)) * work.prompt
 
 
@@ -150,6 +194,8 @@ def decode(work: Work, rows: int) -> int:
     """One token a row: logits, what the draw makes of a tile of them, and the heads of keys that a mask multiplies."""
     shape, e = work.shape, work.itemsize
     tile = max(min(rows, DRAW_TILE // shape.vocab), 1) * shape.vocab * DRAW_BYTES
+    if work.graph and work.gpu:
+        return e * shape.vocab * rows + captured(work, rows)
     return e * shape.vocab * rows + max(
         tile, repeated_heads(work, rows), rows * forward_token(work) + dequantised(work)
     )
@@ -158,7 +204,7 @@ def decode(work: Work, rows: int) -> int:
 def repeated_heads(work: Work, rows: int) -> int:
     """With a mask, older versions of transformers repeat keys and values for every query head, one layer at a time."""
     shape = work.shape
-    if not work.padded or shape.heads == shape.kv_heads or _packs_heads():
+    if work.graph or not work.padded or shape.heads == shape.kv_heads or _packs_heads():
         return 0
     return 2 * shape.heads * shape.head_dim * work.itemsize * rows * work.slots
 
@@ -176,7 +222,8 @@ def dequantised(work: Work) -> int:
 
 
 def sample_peak(work: Work, rows: int) -> int:
-    return static(work) + kv_cache(work, rows) + max(prefill(work, rows), decode(work, rows))
+    first = prefill(work, rows) + captured(work, rows)
+    return static(work) + kv_cache(work, rows) + max(first, decode(work, rows))
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -277,11 +324,15 @@ def head(work: Work, scored: int) -> int:
 
 
 def scored_tokens(work: Work, tokens: int) -> int:
-    return math.ceil(tokens * work.added / work.row_tokens)
+    """Of `tokens` in a micro-batch; more where prompts are run once."""
+    if not work.trees:
+        return math.ceil(tokens * work.added / work.row_tokens)
+    group = max(work.rows // work.prompts, 1)
+    return math.ceil(tokens * group * work.added / (work.prompt + group * (work.added - 1)))
 
 
-def train_peak(work: Work, tokens: int, checkpointing: bool) -> int:
-    """With micro-batches of `tokens` padded tokens."""
+def train_peak(work: Work, tokens: int, checkpointing: bool, rows: int = 0) -> int:
+    """With micro-batches of `tokens` padded tokens, behind samplings of `rows` at once."""
     below = forward_token(work) * tokens + dequantised(work)  # the layers that carry no gradient
     held_back = kept(work, tokens, checkpointing)
     behind = work.itemsize * work.shape.hidden * tokens  # the last layer's output
@@ -294,4 +345,5 @@ def train_peak(work: Work, tokens: int, checkpointing: bool) -> int:
     dense = (
         work.itemsize * work.shape.embedding if work.trained.whole else 0
     )  # the embedding's gradient, before it is added
-    return static(work) + gradient(work) + above + dense
+    given = work.itemsize * work.shape.hidden * tokens if work.trunk_rows else 0
+    return static(work) + captured(work, rows) + gradient(work) + given + above + dense

@@ -110,6 +110,8 @@ class Session:
     plan: Plan | None
     """None for a model whose shape is not known."""
     first_step: int
+    trunk_layer: int | None = None
+    """The layer in front of which sampling keeps the residual stream for training."""
 
     def save(self, state: State) -> None:
         checkpoint.save(self.folder, self.policy.trained(), self.optimizer, state)
@@ -158,10 +160,15 @@ def _open(
     reporter = Reporter(folder, config.steps, quiet=quiet)
     engine = config.sampler.open(policy, state.wave_tokens)
     fresh = _fresh_prompts(config, policy, problems)
-    session = Session(folder, config, problems, fresh, scoring, policy, engine, optimizer, reporter, plan, state.step)
+    trunk_layer, why_none = budgets.trunk_layer(config, policy, engine, plan)
+    session = Session(
+        folder, config, problems, fresh, scoring, policy, engine, optimizer, reporter, plan, state.step, trunk_layer
+    )
     reporter.say(describe(config, policy, folder, state))
     if plan is not None:
         reporter.say(budgets.describe(plan))
+    if why_none:
+        reporter.say(f"trunk cache: off, since {why_none}")
     return session, state, longest
 
 
@@ -273,6 +280,7 @@ def _roll_out(session: Session, state: State, start: int, num: int) -> tuple[lis
             seed=session.seed(step, purpose),
             first=first,
             done=begin_to_score if session.scoring.early else None,
+            trunk_layer=session.trunk_layer,
         )
 
     rollouts = rolled(fresh, sampling.num_completions, "sample", place)

@@ -18,7 +18,8 @@ from shoestring.memory import OutOfMemory, is_out_of_memory, shrinking, size_tex
 from shoestring.optim import UpdateReport, backward, set_learning_rate, update
 from shoestring.packing import cost, cut_tree, pack_rows
 from shoestring.policy import Policy
-from shoestring.types import Batch, Credit, Group, Prompt
+from shoestring.samplers.base import Sampling
+from shoestring.types import Batch, Credit, Group, Prompt, Trunk
 
 T = TypeVar("T")
 
@@ -118,7 +119,12 @@ def train_in_pieces(
 
 
 def rehearse(
-    policy: Policy, optimizer: torch.optim.Optimizer, prompt: Prompt, config: RunConfig, pieces: Pieces
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    prompt: Prompt,
+    config: RunConfig,
+    pieces: Pieces,
+    trunk_layer: int | None = None,
 ) -> None:
     """The largest micro-batch that a step can have, forward, backward and through an optimizer step of rate 0 with no
     gradient: it takes all the memory that training takes, and changes no weight, no moment and no random state. The
@@ -127,7 +133,7 @@ def rehearse(
     fresh = not optimizer.state
 
     def attempt(max_tokens: int) -> None:
-        batch = worst_batch(prompt, config, max_tokens, policy)
+        batch = worst_batch(prompt, config, max_tokens, policy, trunk_layer)
         backward(policy, [batch], 0, [None], config.objective, config.sampling.temperature, pieces.checkpointing)
         for parameter in policy.trained().values():
             if parameter.grad is not None:
@@ -150,11 +156,14 @@ def rehearse(
         _fitted(attempt, pieces, longest, config.sampling.num_prompts * config.sampling.num_completions * longest, undo)
 
 
-def worst_batch(prompt: Prompt, config: RunConfig, max_tokens: int, policy: Policy) -> Batch:
+def worst_batch(
+    prompt: Prompt, config: RunConfig, max_tokens: int, policy: Policy, trunk_layer: int | None = None
+) -> Batch:
     """Full-length rows behind the longest prompt, every token selected, as many as `max_tokens` allow; no two begin
-    alike behind it."""
+    alike behind it. With `trunk_layer`, the residual stream of all of the step's rows is there."""
     sampling = config.sampling
     count = sampling.max_new_tokens
+    trunks = _empty_trunks(policy, prompt, sampling) if trunk_layer is not None else []
     each = torch.full((count,), 1.0 / count)
 
     def row(place: int) -> Row:
@@ -170,10 +179,19 @@ def worst_batch(prompt: Prompt, config: RunConfig, max_tokens: int, policy: Poli
             sampler_logprob=torch.zeros(count),
             group=place // sampling.num_completions,
             prompt_tokens=len(prompt.token_ids),
+            trunk=trunks[place] if trunks else None,
         )
 
     rows = [row(place) for place in range(sampling.num_prompts * sampling.num_completions)]
     return micro_batches(rows, max_tokens, trees=policy.takes_trees)[0]
+
+
+def _empty_trunks(policy: Policy, prompt: Prompt, sampling: Sampling) -> list[Trunk]:
+    """A step's, with nothing in them."""
+    num, weight = sampling.num_completions, policy.base.get_input_embeddings().weight
+    own = weight.new_zeros(sampling.most_prompts * num, sampling.max_new_tokens, weight.shape[1])
+    prompts = [weight.new_zeros(len(prompt.token_ids), weight.shape[1]) for _ in range(sampling.most_prompts)]
+    return [Trunk(prompts[place // num], own[place]) for place in range(len(own))]
 
 
 def micro_batches(rows: Sequence[Row], max_tokens: int, *, trees: bool) -> list[Batch]:

@@ -18,6 +18,8 @@ from shoestring.footprint import Trained, Work
 from shoestring.memory import budget_bytes, size_text
 from shoestring.models import locate
 from shoestring.optim import state_bytes
+from shoestring.packing import TREE_MODELS
+from shoestring.samplers.decoder import MODELS
 from shoestring.shapes import FAMILIES, Shape, read_shape
 from shoestring.tasks.base import plain_text
 
@@ -165,7 +167,18 @@ def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
         state=state_bytes(config.optim),
         step_temporaries=_step_temporaries(config, shape, trained, gpu),
         reference=reference,
+        graph=config.sampler.name in ("auto", "graph") and shape.family in MODELS,
+        trees=shape.family in TREE_MODELS and config.model.attn_implementation != "eager",
+        trunk_rows=_trunk_rows(config, shape, trained),
     )
+
+
+def _trunk_rows(config: RunConfig, shape: Shape, trained: Trained) -> int:
+    """Completions whose residual stream in front of the first trained layer may be kept for training."""
+    known = shape.family in MODELS and config.sampler.name in ("auto", "graph")
+    if not known or trained.whole or trained.first_layer == 0 or config.execution.trunk_cache is False:
+        return 0
+    return config.sampling.most_prompts * config.sampling.num_completions
 
 
 def _step_temporaries(config: RunConfig, shape: Shape, trained: Trained, gpu: bool) -> int:
@@ -189,6 +202,11 @@ def _fits(work: Work, peak: int, budget: int | None) -> bool:
 
 def _planned(config: RunConfig, work: Work, budget: int | None, room: int | None, notes: tuple[str, ...]) -> Plan:
     sizes = _choose(config, work, budget, room)
+    without = replace(work, trunk_rows=0)
+    if work.trunk_rows and config.execution.trunk_cache == "auto" and (budget is not None or room is not None):
+        plainly = _choose(config, without, budget, room)
+        cramped = sizes.wave_rows < plainly.wave_rows or not _fits(work, _peak(work, sizes), budget)
+        work, sizes = (without, plainly) if cramped else (work, sizes)
     smallest = _least_budget(config, work)
     return Plan(
         work,
@@ -210,7 +228,7 @@ def _peak(work: Work, sizes: Sizes) -> int:
 
 
 def _train_peak(work: Work, sizes: Sizes) -> int:
-    return footprint.train_peak(work, sizes.micro_rows * work.row_tokens, sizes.checkpointing)
+    return footprint.train_peak(work, sizes.micro_rows * work.row_tokens, sizes.checkpointing, sizes.wave_rows)
 
 
 def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None) -> Sizes:
@@ -279,6 +297,8 @@ def _evenly(count: int, most: int) -> int:
 def _least_budget(config: RunConfig, work: Work) -> int:
     """The smallest pieces, and the margin on top."""
     checkpointing = config.execution.checkpointing
+    if config.execution.trunk_cache == "auto":
+        work = replace(work, trunk_rows=0)
     peak = min(
         _peak(work, Sizes(1, 1, choice)) for choice in ((True, False) if checkpointing == "auto" else (checkpointing,))
     )
@@ -297,6 +317,7 @@ def _phases(work: Work, sizes: Sizes) -> tuple[Phase, ...]:
             ("weights", footprint.weights(work)),
             ("adapter, gradient and optimizer", footprint.held(work) + footprint.gradient(work)),
             ("workspace", footprint.workspace(work)),
+            ("trunk cache", footprint.trunk_cache(work)),
             ("KV cache", footprint.kv_cache(work, sizes.wave_rows)),
             ("prefill", footprint.prefill(work, sizes.wave_rows)),
             ("decode", footprint.decode(work, sizes.wave_rows)),
@@ -304,7 +325,7 @@ def _phases(work: Work, sizes: Sizes) -> tuple[Phase, ...]:
             ("training activations", footprint.activations(work, tokens, sizes.checkpointing)),
             ("head", footprint.head(work, scored)),
             ("peak while sampling", footprint.sample_peak(work, sizes.wave_rows)),
-            ("peak while training", footprint.train_peak(work, tokens, sizes.checkpointing)),
+            ("peak while training", _train_peak(work, sizes)),
             ("context", footprint.CONTEXT if work.gpu else 0),
         )
     )

@@ -73,9 +73,10 @@ def roll_out(
     seed: int,
     first: int = 0,
     done: Callable[[Rollout], None] | None = None,
+    trunk_layer: int | None = None,
 ) -> list[Rollout]:
     """`num` completions of each prompt, decoded; the prompts' places are counted from `first`. `done` may be told of
-    each rollout while others are sampled, and more than once."""
+    each rollout while others are sampled, and more than once. `trunk_layer` is for engines that keep what enters it."""
     if not prompts:
         return []
 
@@ -83,5 +84,7 @@ def roll_out(
         return Rollout(prompt, group, tuple(policy.decode(prompt.prefix + c.token_ids) for c in group))
 
     told = None if done is None else lambda place, group: done(decoded(prompts[place], group))
-    completions = engine.sample(prompts, num=num, sampling=sampling, seed=seed, first=first, done=told)
+    completions = engine.sample(
+        prompts, num=num, sampling=sampling, seed=seed, first=first, done=told, trunk_layer=trunk_layer
+    )
     return [decoded(prompt, group) for prompt, group in zip(prompts, completions, strict=True)]

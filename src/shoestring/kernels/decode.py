@@ -229,6 +229,19 @@ def draw_pick(
 
 
 @triton.jit
+def keep(x, rows, info, where, width, BLOCK: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + b)
+    own = info + row * COLUMNS
+    cols = tl.arange(0, BLOCK)
+    if tl.load(own + DONE) == 0:
+        place = row * tl.load(where + 9) + tl.load(own + LENGTH)
+        trunk = tl.load(where + 8).to(tl.pointer_type(x.dtype.element_ty))
+        value = tl.load(x + b * width + cols, cols < width, 0.0)
+        tl.store(trunk + place * width + cols, value, cols < width)
+
+
+@triton.jit
 def advance(token, logprob, rows, info, tokens, logprobs, ends, stride):
     b = tl.program_id(0)
     row = tl.load(rows + b)

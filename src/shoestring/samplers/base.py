@@ -86,6 +86,7 @@ class Engine(Protocol):
         seed: int,
         first: int = 0,
         done: Told | None = None,
+        trunk_layer: int | None = None,
     ) -> list[tuple[Completion, ...]]:
         """`num` completions of each prompt. What a completion draws depends on (seed, place of the prompt, place of the
         completion, position) and on nothing else, so neither waves nor batch sizes choose it. Places of prompts are
@@ -95,7 +96,9 @@ class Engine(Protocol):
         begins anew because memory ran out, it may be told again; what counts is what is returned."""
         ...
 
-    def rehearse(self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling) -> None:
+    def rehearse(
+        self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, trunk_layer: int | None = None
+    ) -> None:
         """Takes the memory that sampling `num` full-length completions of each prompt takes at most, in little time."""
         ...
 

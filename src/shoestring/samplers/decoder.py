@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoestring.adapters.base import decoder_layers
 from shoestring.samplers.base import Sampling
 from shoestring.samplers.operations import Fused, Heads, Operations, Plain, Table
 
@@ -225,7 +224,7 @@ class Decoder:
         self._embedding = base.get_input_embeddings().weight
         self._norm = model.norm.weight
         self._head = base.lm_head
-        self.layers = [self._layer(layer, index, config) for index, layer in enumerate(decoder_layers(base)[1])]
+        self.layers = [self._layer(layer, index, config) for index, layer in enumerate(model.layers)]
         self.hidden_size, self.vocab_size = config.hidden_size, len(self._head.weight)
         self.sync()
 
@@ -271,18 +270,20 @@ class Decoder:
         return self._head(hidden)
 
     @torch.no_grad()
-    def step(self, rows: Tensor, table: Table, sampling: Sampling) -> None:
-        """One token more for each of `rows`, [B]."""
-        logits = self.logits(self.hidden(rows, table))
+    def step(self, rows: Tensor, table: Table, sampling: Sampling, trunk_layer: int | None = None) -> None:
+        """One token more for each of `rows`, [B]; what enters `trunk_layer` is kept."""
+        logits = self.logits(self.hidden(rows, table, trunk_layer))
         token, logprob = self.operations.pick(logits, rows, table, sampling)
         self.operations.advance(token, logprob, rows, table)
 
-    def hidden(self, rows: Tensor, table: Table) -> Tensor:
+    def hidden(self, rows: Tensor, table: Table, trunk_layer: int | None = None) -> Tensor:
         """Runs each row's next token, writing its keys and values: [B, H] behind the last norm."""
         do, eps = self.operations, self._eps
         x = F.embedding(table.info[rows, -1].long(), self._embedding)
         normed = do.norm(x, self.layers[0].first_norm, eps)
         for index, layer in enumerate(self.layers):
+            if index == trunk_layer:
+                do.keep(x, rows, table)
             q = do.place(layer.qkv(normed), rows, table, index, self.heads, layer.head_norms)
             found = layer.out(do.attend(q, rows, table, index, self.heads, layer.window))
             normed = do.add_norm(x, found, layer.second_norm, eps)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -18,7 +20,7 @@ from shoestring.samplers.draw import noise
 from shoestring.samplers.hf import PREFILL_SHARE, HfEngine, added_tokens, no_room, prompt_chunks, right_padded
 from shoestring.samplers.operations import COLUMNS, DONE, LENGTH, LIMIT, PROMPT, PROMPT_LENGTH, SLOT, Keys, Table
 from shoestring.settings import Settings
-from shoestring.types import Completion, Prompt
+from shoestring.types import Completion, Prompt, Trunk
 
 if TYPE_CHECKING:
     from shoestring.policy import Policy
@@ -61,6 +63,8 @@ class AutoSampler(Settings):
 class GraphEngine:
     """See `Engine`. `wave_tokens` is counted as if every completion had its prompt for itself."""
 
+    keeps_trunk = True
+
     def __init__(self, policy: Policy, wave_tokens: int | None = None):
         self.wave_tokens = wave_tokens
         self._policy = policy
@@ -80,6 +84,7 @@ class GraphEngine:
         seed: int,
         first: int = 0,
         done: Told | None = None,
+        trunk_layer: int | None = None,
     ) -> list[tuple[Completion, ...]]:
         found: dict[int, tuple[Completion, ...]] = {}
 
@@ -90,7 +95,8 @@ class GraphEngine:
 
         def attempt(rows: int) -> None:
             left = [place for place in range(len(prompts)) if place not in found]
-            wave = _Wave(self._policy, self._steps, self._table_for(prompts, num, sampling), prompts, num, sampling)
+            table = self._table_for(prompts, num, sampling)
+            wave = _Wave(self._policy, self._steps, table, prompts, num, sampling, trunk_layer)
             wave.run(left, rows, lambda place, g: noise(seed, first + place, g, wave.own_slots), take)
 
         if prompts and num:
@@ -98,10 +104,12 @@ class GraphEngine:
         return [found.get(place, ()) for place in range(len(prompts))]
 
     @torch.no_grad()
-    def rehearse(self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling) -> None:
+    def rehearse(
+        self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, trunk_layer: int | None = None
+    ) -> None:
         def attempt(rows: int) -> None:
             table = self._table_for(prompts, num, sampling)
-            _Wave(self._policy, self._steps, table, prompts, num, sampling).rehearse(rows)
+            _Wave(self._policy, self._steps, table, prompts, num, sampling, trunk_layer).rehearse(rows)
 
         self._fitting(prompts, num, sampling, attempt)
 
@@ -163,29 +171,33 @@ class Steps:
         self._rows.clear()
         self._pool = None
 
-    def run(self, rows: Sequence[int], table: Table, sampling: Sampling, count: int) -> None:
+    def run(
+        self, rows: Sequence[int], table: Table, sampling: Sampling, count: int, trunk_layer: int | None = None
+    ) -> None:
         """`count` tokens more for each of these completions."""
         if not self.captured:
             places = torch.tensor(rows, device=self._policy.device)
             for _ in range(count):
-                self.decoder.step(places, table, sampling)
+                self.decoder.step(places, table, sampling, trunk_layer)
             return
         size = next(size for size in LADDER if size >= len(rows))
         none = len(table.tokens) - 1
         if size not in self._rows:
             self._rows[size] = torch.full((size,), none, device=self._policy.device)
         self._rows[size].copy_(torch.tensor([*rows, *[none] * (size - len(rows))]))
-        graph = self._graph(size, table, sampling)
+        graph = self._graph(size, table, sampling, trunk_layer)
         for _ in range(count):
             graph.replay()
 
-    def _graph(self, size: int, table: Table, sampling: Sampling) -> torch.cuda.CUDAGraph:
-        key = (size, sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
+    def _graph(self, size: int, table: Table, sampling: Sampling, trunk_layer: int | None) -> torch.cuda.CUDAGraph:
+        key = (size, sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, trunk_layer)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(self._rows[size], table, sampling)
+            self._graphs[key] = self._capture(self._rows[size], table, sampling, trunk_layer)
         return self._graphs[key]
 
-    def _capture(self, rows: torch.Tensor, table: Table, sampling: Sampling) -> torch.cuda.CUDAGraph:
+    def _capture(
+        self, rows: torch.Tensor, table: Table, sampling: Sampling, trunk_layer: int | None
+    ) -> torch.cuda.CUDAGraph:
         """One step as a graph. It is run once before, on rows that stand for none: what is compiled or set up at first
         use must not be captured."""
         current = torch.cuda.current_stream()
@@ -197,10 +209,10 @@ class Steps:
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
-            self.decoder.step(torch.full_like(rows, len(table.tokens) - 1), table, sampling)
+            self.decoder.step(torch.full_like(rows, len(table.tokens) - 1), table, sampling, trunk_layer)
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):  # type: ignore[arg-type]
-            self.decoder.step(rows, table, sampling)
+            self.decoder.step(rows, table, sampling, trunk_layer)
         current.wait_stream(self._stream)
         return graph
 
@@ -210,8 +222,17 @@ class _Wave:
     as some end, others take their places."""
 
     def __init__(
-        self, policy: Policy, steps: Steps, table: Table, prompts: Sequence[Prompt], num: int, sampling: Sampling
+        self,
+        policy: Policy,
+        steps: Steps,
+        table: Table,
+        prompts: Sequence[Prompt],
+        num: int,
+        sampling: Sampling,
+        trunk_layer: int | None,
     ):
+        self._trunk_layer = trunk_layer
+        self._trunks: dict[int, torch.Tensor] = {}
         self._policy, self._steps, self._decoder, self._table = policy, steps, steps.decoder, table
         self._prompts, self._num, self._sampling = prompts, num, sampling
         self._limits = [added_tokens(prompt, sampling) for prompt in prompts]
@@ -243,7 +264,7 @@ class _Wave:
                 if not come:  # those that came may have ended with their first token: a look first
                     left = min(self._limits[row // self._num] - lengths[row] for row in active)
                     every = (_LOOK_EVERY if self._steps.captured else 1) if ends else left
-                    self._steps.run(active, self._table, self._sampling, min(left, every))
+                    self._steps.run(active, self._table, self._sampling, min(left, every), self._trunk_layer)
                 rows = torch.tensor(active, device=self._policy.device)
                 seen = self._table.info[rows][:, [LENGTH, DONE]].tolist()
                 for row, (length, _) in zip(active, seen, strict=True):
@@ -261,7 +282,7 @@ class _Wave:
         try:
             come = self._admit(waiting, lambda place, g: torch.full((self.own_slots,), 0.5, dtype=torch.float64))
             self._table.info[torch.tensor(come, device=self._policy.device), LENGTH] = max(self.own_slots - 2, 0)
-            self._steps.run(come, self._table, self._sampling, 1)
+            self._steps.run(come, self._table, self._sampling, 1, self._trunk_layer)
         finally:
             self._table.hold(None)
 
@@ -276,7 +297,11 @@ class _Wave:
             shape = (2, len(decoder.layers), count, heads.kv_heads, slots, heads.head_dim)
             return make(shape, dtype=decoder.dtype, device=device)
 
-        self._table.hold(Keys(room(num_prompts, self._prompt_slots), room(num_rows, self.own_slots)))
+        trunk = None
+        if self._trunk_layer is not None:
+            shape = (len(self._prompts) * self._num + 1, self.own_slots, decoder.hidden_size)
+            trunk = torch.empty(shape, dtype=decoder.dtype, device=device)
+        self._table.hold(Keys(room(num_prompts, self._prompt_slots), room(num_rows, self.own_slots), trunk))
         self._table.ends.fill_(False)
         self._table.ends[torch.tensor(ends, dtype=torch.int64, device=device)] = True
         self._free_rows, self._free_prompts = list(range(num_rows)), list(range(num_prompts))
@@ -331,8 +356,33 @@ class _Wave:
             places = [self._place[p] for p in used]
             cache = PromptCache(self._table.keys.prompt, places)
             ids, last = right_padded(self._policy, self._prompts, used)
-            found = self._policy.prefill_hidden(ids, last, cache)
+            with self._kept(used):
+                found = self._policy.prefill_hidden(ids, last, cache)
             self._first_hidden[torch.tensor(places, device=found.device)] = found
+
+    @contextmanager
+    def _kept(self, used: Sequence[int]) -> Iterator[None]:
+        """Keeps what enters the trunk's layer of these prompts, [P, H] each."""
+        if self._trunk_layer is None:
+            yield
+            return
+
+        def take(module: object, given: tuple[torch.Tensor, ...]) -> None:
+            for index, p in enumerate(used):
+                self._trunks[p] = given[0][index, : len(self._prompts[p].token_ids)].clone()
+
+        handle = self._policy.base.base_model.layers[self._trunk_layer].register_forward_pre_hook(take)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _trunk(self, row: int, length: int) -> Trunk | None:
+        """A completion's, without a copy."""
+        keys = self._table.keys
+        if keys is None or keys.trunk is None:
+            return None
+        return Trunk(self._trunks[row // self._num], keys.trunk[row, : length - 1])
 
     def _leave(self, ended: Sequence[int], lengths: dict[int, int], ends: Sequence[int], take: Told) -> None:
         """Frees the places of completions that have ended, and hands over the groups that are complete."""
@@ -347,7 +397,8 @@ class _Wave:
             tokens, logprobs = (
                 part[rows.start : rows.stop].tolist() for part in (self._table.tokens, self._table.logprobs)
             )
-            take(p, tuple(_completion(tokens[g], logprobs[g], lengths[row], ends) for g, row in enumerate(rows)))
+            made = [_completion(tokens[g], logprobs[g], lengths[row], ends) for g, row in enumerate(rows)]
+            take(p, tuple(replace(c, trunk=self._trunk(row, lengths[row])) for c, row in zip(made, rows, strict=True)))
 
 
 def prompts_at_once(rows: int, prompts: int, num: int) -> int:

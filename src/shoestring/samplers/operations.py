@@ -33,6 +33,8 @@ class Keys:
 
     prompt: Tensor
     own: Tensor
+    trunk: Tensor | None = None
+    """The residual stream in front of one layer, for each completion of the sampling, [R + 1, own slots, H]."""
 
 
 @dataclass
@@ -51,7 +53,8 @@ class Table:
     ends: Tensor
     """Whether a token ends a completion, [V] bool."""
     where: Tensor
-    """[8] int64: addresses of prompt keys, prompt values, own keys and own values; then their sizes."""
+    """[10] int64: addresses of prompt keys, prompt values, own keys and own values; prompt slots, own slots, prompts
+    and rows of these; address and slots of the trunk."""
     keys: Keys | None = None
 
     @classmethod
@@ -66,7 +69,7 @@ class Table:
             torch.zeros(shape, dtype=torch.float32, device=device),
             torch.zeros(shape, dtype=torch.float64, device=device),
             torch.zeros(vocab_size, dtype=torch.bool, device=device),
-            torch.zeros(8, dtype=torch.int64, device=device),
+            torch.zeros(10, dtype=torch.int64, device=device),
         )
 
     def hold(self, keys: Keys | None) -> None:
@@ -76,7 +79,8 @@ class Table:
             return
         sizes = [keys.prompt.shape[4], keys.own.shape[4], keys.prompt.shape[2], keys.own.shape[2]]
         addresses = [part[kind].data_ptr() for part in (keys.prompt, keys.own) for kind in (0, 1)]
-        self.where.copy_(torch.tensor([*addresses, *sizes]))
+        trunk = [0, 0] if keys.trunk is None else [keys.trunk.data_ptr(), keys.trunk.shape[1]]
+        self.where.copy_(torch.tensor([*addresses, *sizes, *trunk]))
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,10 @@ class Operations(Protocol):
 
     def pick(self, logits: Tensor, rows: Tensor, table: Table, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """The next token of each row, [B] int64, and its log-prob, [B] fp32, from logits, [B, V]."""
+        ...
+
+    def keep(self, x: Tensor, rows: Tensor, table: Table) -> None:
+        """Takes the residual stream of the rows' tokens, [B, H], to the trunk."""
         ...
 
     def advance(self, token: Tensor, logprob: Tensor, rows: Tensor, table: Table) -> None:
@@ -182,6 +190,13 @@ class Plain:
 
     def pick(self, logits: Tensor, rows: Tensor, table: Table, sampling: Sampling) -> tuple[Tensor, Tensor]:
         return draw(logits, table.uniform[rows, _next(table, rows)], sampling)
+
+    def keep(self, x: Tensor, rows: Tensor, table: Table) -> None:
+        assert table.keys is not None
+        assert table.keys.trunk is not None
+        info = table.info[rows].long()
+        going = info[:, DONE] == 0
+        table.keys.trunk[rows[going], info[going, LENGTH]] = x[going]
 
     def advance(self, token: Tensor, logprob: Tensor, rows: Tensor, table: Table) -> None:
         info = table.info[rows]
@@ -293,6 +308,10 @@ class Fused:
             BLOCK=_DRAW_BLOCK, BLOCKS=_power(blocks), num_warps=8,
         )  # fmt: skip
         return token, logprob
+
+    def keep(self, x: Tensor, rows: Tensor, table: Table) -> None:
+        width = x.shape[1]
+        kernels().keep[(len(rows),)](x, rows, table.info, table.where, width, BLOCK=_power(width), num_warps=4)
 
     def advance(self, token: Tensor, logprob: Tensor, rows: Tensor, table: Table) -> None:
         kernels().advance[(len(rows),)](
