@@ -95,14 +95,24 @@ def rehearsed(values: dict[str, Any]) -> tuple[Clock, Plan]:
         state = State()
         budgets.settle_pieces(state, config, plan)
         engine = config.sampler.open(policy, state.wave_tokens)
-        pieces.rehearse(policy, optimizer, asked[0], config, state.pieces)
-        give_back(device)
+        trunk, _ = budgets.trunk_layer(config, policy, engine, plan)
+
+        def sample() -> None:
+            num, sampling = config.sampling.num_completions, config.sampling
+            engine.rehearse(asked, num=num, sampling=sampling, trunk_layer=trunk)
+            give_back(device)
+
+        def learn() -> None:
+            pieces.rehearse(policy, optimizer, asked[0], config, state.pieces, trunk)
+            give_back(device)
+
+        learn()
+        sample()  # captured steps stay, so what counts is the second time
         clock = Clock(device)
         with clock.phase("train"):
-            pieces.rehearse(policy, optimizer, asked[0], config, state.pieces)
-        give_back(device)
+            learn()
         with clock.phase("sample"):
-            engine.rehearse(asked, num=config.sampling.num_completions, sampling=config.sampling)
+            sample()
     return clock, plan
 
 

@@ -89,8 +89,13 @@ def test_the_adapter_of_qwen2_1_5b(qwen: dict[str, Any]) -> None:
 
 
 def test_the_cache_of_qwen2_1_5b(qwen: dict[str, Any]) -> None:
-    plan = predict(merged(qwen, {"sampling": {"num_prompts": 1}}), prompt_tokens=128)
-    assert phase(plan, "KV cache") == 28_672 * 8 * 640 == 140 * MIB
+    """Our own sampler keeps the prompt once."""
+    of = {
+        name: predict(merged(qwen, {"sampling": {"num_prompts": 1}, "sampler": {"name": name}}), prompt_tokens=128)
+        for name in ("hf", "graph")
+    }
+    assert phase(of["hf"], "KV cache") == 28_672 * 8 * 640 == 140 * MIB
+    assert phase(of["graph"], "KV cache") == 28_672 * (128 + 8 * 512)
 
 
 def test_what_a_layer_of_qwen2_1_5b_keeps_of_a_token(qwen: dict[str, Any]) -> None:
@@ -148,6 +153,7 @@ def plain_work(shape: Shape, trained: Trained, dtype: torch.dtype, **changes: An
         added=56,
         prompts=1,
         rows=4,
+        group=4,
         padded=False,
         gpu=False,
         state=8,
@@ -345,8 +351,9 @@ def live_peak(policy: Policy, work: Work, rows: int, on: bool) -> int:
     """The most bytes that a micro-batch's forward and backward hold beside weights and gradients."""
     sampling = {"num_prompts": 1, "num_completions": max(rows, 2), "max_new_tokens": work.added}
     settled = settle({"sampling": sampling, "objective": {"beta": 0.0}})
-    batch = worst_batch(prompt(work.prompt), settled, rows * work.row_tokens)
-    assert batch.input_ids.shape == (rows, work.row_tokens)
+    batch = worst_batch(prompt(work.prompt), settled, rows * work.row_tokens, policy)
+    assert batch.input_ids.numel() <= rows * work.row_tokens
+    assert policy.takes_trees or batch.input_ids.shape == (rows, work.row_tokens)
     for parameter in policy.trained().values():
         parameter.grad = torch.zeros_like(parameter)
     with LiveBytes() as live:
@@ -367,7 +374,10 @@ def test_the_training_peak_is_within_15_per_cent_of_the_measured(dtype: str, ada
     policy, work = built(6, adapter, DTYPES[dtype], **LARGE)
     work = replace(work, prompt=41, added=216)
     assert work.row_tokens == 256
-    said = footprint.train_peak(work, 4 * 256, on) - footprint.static(work) - footprint.gradient(work)
+    work = replace(work, rows=4, group=4, prompts=1, trees=True)
+    tokens = footprint.micro_tokens(work, 4)
+    assert tokens == 41 + 4 * 215
+    said = footprint.train_peak(work, tokens, on) - footprint.static(work) - footprint.gradient(work)
     assert said == pytest.approx(live_peak(policy, work, 4, on), rel=0.15)
 
 

@@ -94,9 +94,8 @@ def test_scoring_begins_while_others_are_sampled(monkeypatch: pytest.MonkeyPatch
         return found
 
     monkeypatch.setattr(HfEngine, "_sample_wave", slow)
-    train(
-        config(steps=1, rewards={"workers": 1}, execution={"wave_tokens": 160}), rewards=[functions.times], quiet=True
-    )
+    waves = {"sampler": "hf", "execution": {"wave_tokens": 160}}
+    train(config(steps=1, rewards={"workers": 1}, **waves), rewards=[functions.times], quiet=True)
     begun = [float(line.split()[0]) for line in Path("times.txt").read_text().splitlines()]
     assert len(ended) > 2
     assert len(begun) == 12
@@ -119,10 +118,11 @@ def test_a_wave_that_runs_out_of_memory_is_scored_once_more_and_changes_nothing(
     monkeypatch.setattr(HfEngine, "_sample_wave", fails_once)
     for out, workers in (("here", 0), ("there", 2)):
         calls.clear()
-        changes: dict[str, Any] = {"rewards": {"workers": workers}, "execution": {"wave_tokens": 160}}
+        changes: dict[str, Any] = {"rewards": {"workers": workers}, "execution": {"wave_tokens": 160}, "sampler": "hf"}
         train(config(out=out, steps=2, **changes), rewards=[functions.varied], quiet=True)
     assert metrics("here") == metrics("there")
     assert metrics("here")[0]["wave_tokens"] < 160
+    assert len(calls) > 3
     assert Path("here/samples.jsonl").read_text() == Path("there/samples.jsonl").read_text()
 
 

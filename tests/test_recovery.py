@@ -103,6 +103,14 @@ def _quick_collection(begun: Path) -> Any:
     gc.unfreeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _rows_as_they_are() -> Any:
+    """What is counted below is passes over padded rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Policy, "takes_trees", False)
+        yield
+
+
 # --- the injector ---------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +233,7 @@ def _watch_optimizer(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def begun(tmp_path_factory: pytest.TempPathFactory, _rows_as_they_are: None) -> Path:
     """A run of one step, to be copied and gone on with."""
     folder = tmp_path_factory.mktemp("begun") / "run"
     run(out=str(folder), steps=1)
@@ -549,7 +557,13 @@ def test_the_command_line_tells_it_and_ends_with_2(
     place: str, plant: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plant(Fault(place, None, step=0))
-    arguments = ["sampling.num_prompts=2", "sampling.max_new_tokens=12", "sampling.temperature=1.5", "out=run"]
+    arguments = [
+        "sampler.name=hf",
+        "sampling.num_prompts=2",
+        "sampling.max_new_tokens=12",
+        "sampling.temperature=1.5",
+        "out=run",
+    ]
     functions = 'rewards.functions=["test_recovery:varied"]'
     monkeypatch.setattr(sys, "argv", ["shoestring", "train", "--quiet", "steps=1", functions, *arguments])
     with pytest.raises(SystemExit) as ended:

@@ -65,6 +65,8 @@ class Work:
     prompts: int
     rows: int
     """Completions of a step."""
+    group: int
+    """Completions of a prompt."""
     padded: bool
     """Prompts may differ in length, so that attention needs a mask while sampling."""
     gpu: bool
@@ -327,8 +329,15 @@ def scored_tokens(work: Work, tokens: int) -> int:
     """Of `tokens` in a micro-batch; more where prompts are run once."""
     if not work.trees:
         return math.ceil(tokens * work.added / work.row_tokens)
-    group = max(work.rows // work.prompts, 1)
-    return math.ceil(tokens * group * work.added / (work.prompt + group * (work.added - 1)))
+    return math.ceil(tokens * work.group * work.added / (work.prompt + work.group * (work.added - 1)))
+
+
+def micro_tokens(work: Work, rows: int) -> int:
+    """Tokens of a micro-batch that `rows` padded rows have room for: no more than the step has."""
+    everything = work.rows * work.row_tokens
+    if work.trees:
+        everything = -(-work.rows // work.group) * work.prompt + work.rows * (work.added - 1)
+    return min(rows * work.row_tokens, everything)
 
 
 def train_peak(work: Work, tokens: int, checkpointing: bool, rows: int = 0) -> int:

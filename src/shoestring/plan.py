@@ -161,6 +161,7 @@ def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
         # An evaluation's completions have a prompt each.
         prompts=sampling.num_prompts * (sampling.num_completions if config.eval_every else 1),
         rows=sampling.num_prompts * sampling.num_completions,
+        group=sampling.num_completions,
         padded=sampling.num_prompts > 1,
         gpu=gpu,
         eager=8 if FAMILIES[shape.family].eager else 6 if config.model.attn_implementation == "eager" else 0,
@@ -228,7 +229,8 @@ def _peak(work: Work, sizes: Sizes) -> int:
 
 
 def _train_peak(work: Work, sizes: Sizes) -> int:
-    return footprint.train_peak(work, sizes.micro_rows * work.row_tokens, sizes.checkpointing, sizes.wave_rows)
+    tokens = footprint.micro_tokens(work, sizes.micro_rows)
+    return footprint.train_peak(work, tokens, sizes.checkpointing, sizes.wave_rows)
 
 
 def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None) -> Sizes:
@@ -237,10 +239,14 @@ def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None)
     most = budget - margin(work, budget) if budget is not None else room
     execution = config.execution
     wave_limit = max(execution.wave_tokens // work.slots, 1) if execution.wave_tokens else work.rows
-    wave_rows = _evenly(
-        work.rows,
-        _largest(lambda rows: most is None or footprint.sample_peak(work, rows) <= most, min(wave_limit, work.rows)),
-    )
+    least = [choice for choice in (True, False) if execution.checkpointing in ("auto", choice)]
+
+    def goes(rows: int) -> bool:
+        """What sampling leaves behind has to leave room for training."""
+        train = min(_train_peak(work, Sizes(rows, 1, choice)) for choice in least)
+        return most is None or max(footprint.sample_peak(work, rows), train) <= most
+
+    wave_rows = _evenly(work.rows, _largest(goes, min(wave_limit, work.rows)))
     if execution.micro_batch_tokens:
         limit = min(max(execution.micro_batch_tokens // work.row_tokens, 1), work.rows)
         return _micro(config, work, wave_rows, limit, budget and most)
@@ -309,7 +315,7 @@ def _least_budget(config: RunConfig, work: Work) -> int:
 
 def _phases(work: Work, sizes: Sizes) -> tuple[Phase, ...]:
     """The parts. The two peaks are of what is held at the same time; the context is not in them."""
-    tokens = sizes.micro_rows * work.row_tokens
+    tokens = footprint.micro_tokens(work, sizes.micro_rows)
     scored = footprint.scored_tokens(work, tokens)
     return tuple(
         Phase(name, int(count))

@@ -117,28 +117,14 @@ class Product:
         self._tail = -(-ranks // _ALIGNED) * _ALIGNED
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         self._whole = all(type(linear) is nn.Linear for linear in self._linears)
-        bias = [linear.bias for linear in self._linears]
-        self._bias = None
-        if self._whole and bias[0] is not None:
-            self._bias = torch.cat([*(b.detach() for b in bias), torch.zeros(self._tail, **options)])
-        self._weight = self._joined(options) if self._whole else None
+        biases = [linear.bias for linear in self._linears]
+        plain = self._whole and all(bias is not None for bias in biases)
+        self._bias = _joined(biases, self._tail) if plain else None
+        self._weight = _joined([linear.weight for linear in self._linears], self._tail) if self._whole else None
         down = self._weight[self.outs :] if self._weight is not None else torch.zeros(self._tail, inputs, **options)
         self._down = down
         self._up = torch.zeros(self.outs, self._tail, **options)
         self._parts = self._cut(modules)
-
-    def _joined(self, options: dict[str, Any]) -> Tensor:
-        """The storage, [outs + tail, in], whose rows the linear layers' weights become."""
-        weights = [linear.weight for linear in self._linears]
-        if len(weights) == 1 and not self._tail:
-            return weights[0].data
-        joined = torch.zeros(self.outs + self._tail, weights[0].shape[1], **options)
-        start = 0
-        for weight in weights:
-            joined[start : start + len(weight)] = weight.data
-            weight.data = joined[start : start + len(weight)]
-            start += len(weight)
-        return joined
 
     def _cut(self, modules: Sequence[Any]) -> list[tuple[Tensor, nn.Parameter, Tensor, nn.Parameter, float]]:
         """Where each adapter's A and B go: (rows of `_down`, A, block of `_up`, B, scaling)."""
@@ -160,14 +146,8 @@ class Product:
     @property
     def intact(self) -> bool:
         """Whether the model's weights still lie in the joined storage: `.to()` and `deepcopy` part them."""
-        if self._weight is None:
-            return True
-        start = self._weight.data_ptr()
-        for linear in self._linears:
-            if linear.weight.data_ptr() != start:
-                return False
-            start += linear.weight.numel() * linear.weight.element_size()
-        return True
+        pairs = [(self._weight, "weight"), (self._bias, "bias")]
+        return all(whole is None or _lie_in(whole, [getattr(x, name) for x in self._linears]) for whole, name in pairs)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._weight is not None:
@@ -185,6 +165,28 @@ class Product:
                 return found
             inner = F.linear(x, self._down)
         return found.addmm_(inner, self._up.T)
+
+
+def _joined(parts: Sequence[nn.Parameter], tail: int) -> Tensor:
+    """One storage for tensors of [n, ...] each, with `tail` rows of 0 behind them. The parameters become its rows."""
+    if len(parts) == 1 and not tail:
+        return parts[0].data
+    count = sum(map(len, parts))
+    joined = parts[0].data.new_zeros(count + tail, *parts[0].shape[1:])
+    for part, rows in zip(parts, joined[:count].split([len(part) for part in parts]), strict=True):
+        rows.copy_(part.data)
+        part.data = rows
+    return joined
+
+
+def _lie_in(whole: Tensor, parts: Sequence[Tensor]) -> bool:
+    """Whether `parts` are the first rows of `whole`, one behind the other."""
+    start = whole.data_ptr()
+    for part in parts:
+        if part.data_ptr() != start:
+            return False
+        start += part.numel() * part.element_size()
+    return True
 
 
 @dataclass(frozen=True)
