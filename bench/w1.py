@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from typing import Any
 
 import torch
@@ -63,7 +64,9 @@ def our_config(more: dict[str, Any], warm: int, tiny: bool) -> dict[str, Any]:
 def ours(setting: str, more: dict[str, Any], warm: int, tiny: bool) -> dict[str, Any]:
     try:
         reports = our_run(our_config(more, warm, tiny), [sizes(tiny)[0]] * 16)
-    except ShoestringError as error:
+    except Exception as error:  # a row that fails must not take the others with it
+        if not isinstance(error, ShoestringError):
+            traceback.print_exc()
         print(f"{setting}: {error}", flush=True)
         return {"system": "shoestring", "setting": setting, "completed": False, "why": str(error)}
     return row("shoestring", setting, reports) | {"completed": True}
@@ -178,6 +181,8 @@ def main(out: str, tiny: bool, only: str) -> None:
         for setting, more, warm in OURS:
             warm = 1 if only == "budgets" else warm
             add(ours(setting, more, warm, tiny))
+        if not rows[0]["completed"]:
+            raise SystemExit(3)
     if only in ("", "trl"):
         add(trl("defaults (checkpointing on)", True, 5, tiny))
         add(trl("checkpointing off", False, 1, tiny))

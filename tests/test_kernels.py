@@ -42,6 +42,45 @@ def test_norms(dtype: torch.dtype, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+def test_the_way_back_through_a_norm(dtype: torch.dtype) -> None:
+    """Against autograd."""
+    x, weight, add = normal(5, 72, dtype=dtype), normal(72, seed=1, dtype=dtype), normal(5, 72, seed=4, dtype=dtype)
+    grad = normal(5, 80, seed=2, dtype=dtype)[:, :72]
+    leaf = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(Plain().norm(leaf, weight, 1e-6), leaf, grad)
+    for do in (Plain(), Fused()):
+        close(do.norm_back(grad, x, weight, 1e-6, add), wanted + add)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_way_back_through_swiglu(dtype: torch.dtype) -> None:
+    whole = normal(3, 2 * 1100 + 16, dtype=dtype)
+    grad = normal(3, 1100, seed=1, dtype=dtype)
+    leaf = whole[:, : 2 * 1100].clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(Plain().swiglu(leaf), leaf, grad)
+    for do in (Plain(), Fused()):
+        given = whole.clone()
+        close(do.swiglu_back(grad, given[:, : 2 * 1100]), wanted)
+        assert torch.equal(given[:, 2 * 1100 :], whole[:, 2 * 1100 :])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rotation_there_and_back(dtype: torch.dtype) -> None:
+    heads = heads_of(6, 2, 16)
+    positions = torch.tensor([0, 1, 70, 71], device=DEVICE)
+    whole = normal(4, 10 * 16 + 8, dtype=dtype)
+    a, b = whole.clone(), whole.clone()
+    close(Fused().rotate(a[:, :160], positions, heads), Plain().rotate(b[:, :160], positions, heads))
+    assert torch.equal(a[:, 128:], whole[:, 128:])
+    grad = normal(4, 160, seed=3, dtype=dtype)
+    found, wanted = grad.clone(), grad.clone()
+    close(Fused().rotate(found, positions, heads, back=True), Plain().rotate(wanted, positions, heads, back=True))
+    if dtype == torch.float32:  # <R x, g> = <x, R^T g>
+        along = ((a[:, :128] * grad[:, :128]).sum(), (whole[:, :128] * found[:, :128]).sum())
+        torch.testing.assert_close(*along, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 def test_swiglu(dtype: torch.dtype) -> None:
     x = normal(3, 2 * 1100 + 16, dtype=dtype)[:, : 2 * 1100]
     close(Fused().swiglu(x), Plain().swiglu(x))
@@ -154,6 +193,22 @@ def test_draws_follow_the_distribution() -> None:
     wanted = (logits / 0.8).softmax(-1)
     seen = torch.bincount(token, minlength=8)
     assert float(((seen - count * wanted) ** 2 / (count * wanted)).sum()) < 24.3
+
+
+def test_keep() -> None:
+    heads = heads_of(6, 2, 16)
+    a, b = filled(torch.float32, heads)
+    rows = torch.tensor([5, 0, 2, 3, 6], device=DEVICE)
+    x = normal(5, 24)
+    for do, one in ((Fused(), a), (Plain(), b)):
+        assert one.keys is not None
+        one.hold(Keys(one.keys.prompt, one.keys.own, torch.zeros(7, 40, 24, device=DEVICE)))
+        do.keep(x, rows, one)
+    assert a.keys is not None
+    assert b.keys is not None
+    assert torch.equal(a.keys.trunk, b.keys.trunk)  # type: ignore[arg-type]
+    assert torch.equal(a.keys.trunk[3, 31], x[3])  # type: ignore[index]
+    assert not a.keys.trunk[[2, 6]].any()  # type: ignore[index]  # ended, and standing for none
 
 
 def test_advance() -> None:

@@ -372,6 +372,7 @@ PEAKS = [
 @pytest.mark.parametrize(("dtype", "adapter"), PEAKS, ids=str)
 def test_the_training_peak_is_within_15_per_cent_of_the_measured(dtype: str, adapter: dict[str, Any], on: bool) -> None:
     policy, work = built(6, adapter, DTYPES[dtype], **LARGE)
+    policy.own_layers = False
     work = replace(work, prompt=41, added=216)
     assert work.row_tokens == 256
     work = replace(work, rows=4, group=4, prompts=1, trees=True)
@@ -379,6 +380,36 @@ def test_the_training_peak_is_within_15_per_cent_of_the_measured(dtype: str, ada
     assert tokens == 41 + 4 * 215
     said = footprint.train_peak(work, tokens, on) - footprint.static(work) - footprint.gradient(work)
     assert said == pytest.approx(live_peak(policy, work, 4, on), rel=0.15)
+
+
+@pytest.mark.parametrize("on", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "adapter", [QV, ALL, {**QV, "layers": 2}, {"rank": 16, "modules": ["o_proj", "up_proj"]}], ids=str
+)
+def test_what_our_own_layers_keep(adapter: dict[str, Any], dtype: str, on: bool) -> None:
+    """Every tensor that is saved for the way back, once."""
+    policy, work = built(6, adapter, DTYPES[dtype], **LARGE)
+    assert policy.own_layers
+    work = replace(work, prompt=8, added=33, rows=4, group=4, prompts=1, trees=True, own_layers=True)
+    settled = settle({"sampling": {"num_prompts": 1, "num_completions": 4, "max_new_tokens": work.added}})
+    batch = worst_batch(prompt(work.prompt), settled, 10**6, policy)
+    products = policy.decoder.products  # joins the weights, which lie elsewhere then
+    own = {p.untyped_storage().data_ptr() for p in policy.base.parameters()}
+    own |= {part.untyped_storage().data_ptr() for p in products for part in (p._down, p._up)}
+    own |= {part.untyped_storage().data_ptr() for part in batch.paths or ()}
+    found: dict[int, torch.Tensor] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in own and x.is_floating_point():
+            found[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), policy.checkpointing(on):
+        hidden = policy._selected_hidden(batch)
+    tokens = footprint.micro_tokens(work, 4)
+    selected = work.itemsize * work.shape.hidden * len(hidden)  # the last norm's input
+    assert sum(x.untyped_storage().nbytes() for x in found.values()) - selected == footprint.kept(work, tokens, on)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from shoestring.heads import head_bytes
 from shoestring.samplers.draw import DRAW_TILE
-from shoestring.samplers.graph import prompts_at_once
+from shoestring.samplers.graph import FIRST_ROWS, prompts_at_once
 from shoestring.samplers.hf import PREFILL_SHARE
 from shoestring.shapes import FAMILIES, Shape
 
@@ -28,7 +28,7 @@ WORKSPACE = 60 * 2**20
 DRAW_BYTES = 24
 # Linear layers that share an input, and are one product of the decode step.
 _PRODUCTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-CONTEXT = 500 * 2**20
+CONTEXT = 800 * 2**20
 """About what the CUDA context and loaded kernels take of a card, outside every budget."""
 
 
@@ -82,6 +82,8 @@ class Work:
     """Sampled by our own decode step: prompts are cached once, and what its captured steps use stays."""
     trees: bool = False
     """What completions share is run once in training."""
+    own_layers: bool = False
+    """Training runs the layers by our own code, not by transformers'."""
     trunk_rows: int = 0
     """Completions whose residual stream is kept for training; 0 without a trunk cache."""
 
@@ -188,7 +190,7 @@ def prefill_tokens(work: Work, rows: int) -> int:
 
 def prefill(work: Work, rows: int) -> int:
     """Running a wave's prompts; the logits behind them are a row each."""
-    logits = work.itemsize * work.shape.vocab * rows
+    logits = 0 if work.graph else work.itemsize * work.shape.vocab * rows
     return prefill_tokens(work, rows) * forward_token(work) + dequantised(work) + logits
 
 
@@ -197,7 +199,7 @@ def decode(work: Work, rows: int) -> int:
     shape, e = work.shape, work.itemsize
     tile = max(min(rows, DRAW_TILE // shape.vocab), 1) * shape.vocab * DRAW_BYTES
     if work.graph and work.gpu:
-        return e * shape.vocab * rows + captured(work, rows)
+        return e * shape.vocab * min(rows, FIRST_ROWS) + captured(work, rows)
     return e * shape.vocab * rows + max(
         tile, repeated_heads(work, rows), rows * forward_token(work) + dequantised(work)
     )
@@ -299,10 +301,21 @@ def activations(work: Work, tokens: int, checkpointing: bool) -> int:
     return kept(work, tokens, checkpointing) + on_the_way_back(work, tokens, checkpointing)
 
 
+def kept_own(work: Work) -> int:
+    """Bytes that one of our own layers keeps of each token beside its input: q, k, v, the attention's output, the
+    residual stream behind it, gate and up, and what the A matrices in front of these give."""
+    shape = work.shape
+    width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    inner = work.trained.rank * len(work.trained.modules - {"down_proj"})
+    return work.itemsize * (2 * width + 2 * kv_width + shape.hidden + 2 * shape.intermediate + inner)
+
+
 def kept(work: Work, tokens: int, checkpointing: bool) -> int:
     layers = kept_layers(work)
     if checkpointing:
         return layers * work.itemsize * work.shape.hidden * tokens
+    if work.own_layers:
+        return layers * (kept_own(work) + work.itemsize * work.shape.hidden) * tokens
     adapted = min(work.trained.adapted_layers, layers)
     plain = layers - adapted
     per_token = adapted * kept_token(work) + plain * kept_token(work, adapted=False)
@@ -310,10 +323,25 @@ def kept(work: Work, tokens: int, checkpointing: bool) -> int:
 
 
 def on_the_way_back(work: Work, tokens: int, checkpointing: bool) -> int:
+    if work.own_layers:
+        back = back_own(work) + (kept_own(work) if checkpointing else 0)
+        return back * tokens + dequantised(work)
     back = backward_token(work) * tokens + dequantised(work)
     if checkpointing:  # one layer is there again
         back += (kept_token(work) + 2 * work.itemsize * work.shape.hidden) * tokens + _casts(work)
     return back
+
+
+def back_own(work: Work) -> int:
+    """Bytes for each token on the way back through one of our own layers: through the MLP, where gate and up are
+    overwritten, or through attention, which runs over whole paths."""
+    shape, e = work.shape, work.itemsize
+    width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    mlp = shape.intermediate * (1 + ("down_proj" in work.trained.modules)) + 3 * shape.hidden
+    over = work.row_tokens * work.group / (work.prompt + work.group * (work.added - 1))
+    attention = 2 * shape.hidden + (width + 2 * kv_width) + over * (4 * (width + 2 * kv_width) + 2 * width)
+    freed = 2 * shape.intermediate
+    return int(e * max(mlp, attention - freed))
 
 
 def head(work: Work, scored: int) -> int:
@@ -343,6 +371,9 @@ def micro_tokens(work: Work, rows: int) -> int:
 def train_peak(work: Work, tokens: int, checkpointing: bool, rows: int = 0) -> int:
     """With micro-batches of `tokens` padded tokens, behind samplings of `rows` at once."""
     below = forward_token(work) * tokens + dequantised(work)  # the layers that carry no gradient
+    if work.own_layers:
+        wide = kept_own(work) + work.itemsize * (work.shape.intermediate + 2 * work.shape.hidden)
+        below = 0 if work.trunk_rows else wide * tokens + dequantised(work)
     held_back = kept(work, tokens, checkpointing)
     behind = work.itemsize * work.shape.hidden * tokens  # the last layer's output
     above = max(

@@ -159,6 +159,7 @@ def _open(
 
     reporter = Reporter(folder, config.steps, quiet=quiet)
     engine = config.sampler.open(policy, state.wave_tokens)
+    give_back(policy.device)  # joining weights leaves holes
     fresh = _fresh_prompts(config, policy, problems)
     trunk_layer, why_none = budgets.trunk_layer(config, policy, engine, plan)
     session = Session(

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 from shoestring.errors import ConfigError, ShoestringError
@@ -135,7 +136,8 @@ def context_bytes(device: torch.device) -> int:
 
 @contextmanager
 def capped(device: torch.device, budget: int | None) -> Iterator[None]:
-    """Holds the allocator of this process to `budget` reserved bytes, and has it grow its segments in place.
+    """Holds the allocator of this process to `budget` reserved bytes, and has it grow its segments in place; on a
+    stream of its own.
 
     Segments of fixed size would reserve more than the tensors need. The cap is the allocator's own: it frees what it
     keeps for later use before it passes the cap, and refuses what would not fit.
@@ -150,14 +152,23 @@ def capped(device: torch.device, budget: int | None) -> Iterator[None]:
         warnings.simplefilter("ignore", FutureWarning)
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     torch.cuda.empty_cache()
-    if budget is None:
-        yield
-        return
-    torch.cuda.set_per_process_memory_fraction(min(max(budget - _PAGE, 0) / total_bytes(device), 1.0), index)
+    share = 1.0 if budget is None else min(max(budget - _PAGE, 0) / total_bytes(device), 1.0)
+    torch.cuda.set_per_process_memory_fraction(share, index)
     try:
-        yield
+        # Steps can be captured on any stream but the default one, and a second stream would have a second workspace.
+        with torch.cuda.stream(_run_stream(index)):
+            yield
     finally:
+        torch.cuda.synchronize(index)
         torch.cuda.set_per_process_memory_fraction(1.0, index)
+
+
+@cache
+def _run_stream(index: int) -> torch.cuda.Stream:
+    """The stream of this process's runs on a card."""
+    import torch
+
+    return torch.cuda.Stream(index)
 
 
 def give_back(device: torch.device) -> None:

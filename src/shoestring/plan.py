@@ -170,6 +170,7 @@ def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
         reference=reference,
         graph=config.sampler.name in ("auto", "graph") and shape.family in MODELS,
         trees=shape.family in TREE_MODELS and config.model.attn_implementation != "eager",
+        own_layers=shape.family in MODELS and not trained.whole and config.model.attn_implementation != "eager",
         trunk_rows=_trunk_rows(config, shape, trained),
     )
 
@@ -236,7 +237,11 @@ def _train_peak(work: Work, sizes: Sizes) -> int:
 def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None) -> Sizes:
     """As few waves as fit, and micro-batches that take no more than sampling does; more, up to the budget, only where
     they would be too small to keep a card busy."""
-    most = budget - margin(work, budget) if budget is not None else room
+    most = room
+    if budget is not None:
+        most = budget - margin(work, budget)
+        roomy = most - (budget // 20 if work.gpu else 0)  # what is not needed is left to the allocator
+        most = roomy if _least_peak(config, work) <= roomy else most
     execution = config.execution
     wave_limit = max(execution.wave_tokens // work.slots, 1) if execution.wave_tokens else work.rows
     least = [choice for choice in (True, False) if execution.checkpointing in ("auto", choice)]
@@ -300,14 +305,18 @@ def _evenly(count: int, most: int) -> int:
     return -(-count // -(-count // most))
 
 
-def _least_budget(config: RunConfig, work: Work) -> int:
-    """The smallest pieces, and the margin on top."""
+def _least_peak(config: RunConfig, work: Work) -> int:
+    """Of the smallest pieces."""
     checkpointing = config.execution.checkpointing
     if config.execution.trunk_cache == "auto":
         work = replace(work, trunk_rows=0)
-    peak = min(
-        _peak(work, Sizes(1, 1, choice)) for choice in ((True, False) if checkpointing == "auto" else (checkpointing,))
-    )
+    choices = (True, False) if checkpointing == "auto" else (checkpointing,)
+    return min(_peak(work, Sizes(1, 1, choice)) for choice in choices)
+
+
+def _least_budget(config: RunConfig, work: Work) -> int:
+    """The smallest pieces, and the margin on top."""
+    peak = _least_peak(config, work)
     if not work.gpu:
         return peak
     return int((peak + margin(work, 0)) / 0.99) + 1

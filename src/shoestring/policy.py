@@ -20,7 +20,9 @@ from shoestring import models
 from shoestring.adapters.base import decoder_layers, quiet_peft
 from shoestring.errors import ConfigError
 from shoestring.heads import POST_HEAD, gathered_logprobs, selected_logprobs
+from shoestring.layers import Pass
 from shoestring.packing import TREE_MODELS, attention_over_paths
+from shoestring.samplers.decoder import Decoder, unsupported
 from shoestring.tasks.base import plain_text
 from shoestring.types import Batch, Paths
 
@@ -75,6 +77,8 @@ class Policy:
         self.tokenizer = tokenizer
         self.adapted = adapted
         self._first = first
+        self._decoder: Decoder | None = None
+        self._as_reference = self._recompute = False
         self.name = name
         self.eos_ids = _eos_ids(base, tokenizer)
         self.context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
@@ -132,12 +136,41 @@ class Policy:
         if batch.paths is None:
             hidden = self.base.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
             return hidden[batch.row, batch.col]
+        if self.own_layers:
+            return self._through_own_layers(batch)
         model, given = self.base.base_model, {"input_ids": batch.input_ids}
         if batch.trunk:
             model, given = self._upper, {"inputs_embeds": torch.cat(batch.trunk)[None]}
         with attention_over_paths(self.base.config):
             output = model(**given, position_ids=batch.paths.positions[None], use_cache=False, paths=batch.paths)
         return output.last_hidden_state[0, batch.paths.nodes[batch.row, batch.col]]
+
+    def _through_own_layers(self, batch: Batch) -> Tensor:
+        """The same by the layers of `shoestring.layers`."""
+        assert batch.paths is not None
+        decoder, first = self.decoder, self.first_gradient_layer
+        decoder.sync()
+        layers = Pass(decoder, batch.paths, adapted=not self._as_reference, recompute=self._recompute)
+        if batch.trunk:
+            x = torch.cat(batch.trunk)
+        else:
+            with torch.no_grad():
+                x = layers.run(nn.functional.embedding(batch.input_ids[0], decoder.embedding), decoder.layers[:first])
+        x = layers.run(x, decoder.layers[first:])
+        return layers.last_norm(x.index_select(0, batch.paths.nodes[batch.row, batch.col]))
+
+    @cached_property
+    def own_layers(self) -> bool:
+        """Whether training runs the layers by our own code: for the models that the decode step knows, where nothing
+        but LoRA is trained. Set it to False for the reference, transformers' own."""
+        return self.takes_trees and self.adapted is not None and not unsupported(self)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decode step over the model's weights; made anew where these have been moved."""
+        if self._decoder is None or not self._decoder.intact():
+            self._decoder = Decoder(self)
+        return self._decoder
 
     @property
     def takes_trees(self) -> bool:
@@ -149,7 +182,7 @@ class Policy:
         known = config.model_type in TREE_MODELS and self._post is not None
         return known and kinds == {"full_attention"} and not window and config._attn_implementation == "sdpa"
 
-    @property
+    @cached_property
     def first_gradient_layer(self) -> int:
         """The lowest layer with a trained parameter; 0 if the embedding is trained, all if nothing is."""
         return len(decoder_layers(self.base)[1]) - len(self._gradient_layers())
@@ -194,8 +227,12 @@ class Policy:
         """The policy as it was before training, without gradient: the base model without its adapter, or the copy."""
         if self.adapted is None and self._first is None:
             raise ConfigError("there is no adapter", "the reference is the model without it", "set objective.beta = 0")
-        with torch.no_grad(), self._copied() if self._first else self.adapted.disable_adapter():  # type: ignore
-            yield
+        self._as_reference = self.first_gradient_layer >= 0  # known before PEFT freezes what it turns off
+        try:
+            with torch.no_grad(), self._copied() if self._first else self.adapted.disable_adapter():  # type: ignore
+                yield
+        finally:
+            self._as_reference = False
 
     @contextmanager
     def _copied(self) -> Iterator[None]:
@@ -222,9 +259,11 @@ class Policy:
             layer.gradient_checkpointing = True
             layer.training = True
             layer._gradient_checkpointing_func = recomputed
+        self._recompute = on
         try:
             yield
         finally:
+            self._recompute = False
             for layer in layers:
                 layer.gradient_checkpointing = False
                 layer.training = False

@@ -47,6 +47,51 @@ def swiglu(gate_up, out, stride, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def swiglu_back(grad, gate_up, grad_stride, stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < width
+    dtype: tl.constexpr = gate_up.dtype.element_ty
+    pulled = tl.load(grad + row * grad_stride + cols, mask, 0.0).to(tl.float32)
+    gate = tl.load(gate_up + row * stride + cols, mask, 0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + width + cols, mask, 0.0).to(tl.float32)
+    share = 1 / (1 + tl.exp(-gate))
+    tl.store(gate_up + row * stride + cols, (pulled * up * share * (1 + gate * (1 - share))).to(dtype), mask)
+    tl.store(gate_up + row * stride + width + cols, (pulled * gate * share).to(dtype), mask)
+
+
+@triton.jit
+def norm_back(grad, x, weight, add, out, grad_stride, x_stride, add_stride, width, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    wide = tl.load(x + row * x_stride + cols, mask, 0.0).to(tl.float32)
+    pulled = tl.load(grad + row * grad_stride + cols, mask, 0.0).to(tl.float32)
+    pulled = pulled * tl.load(weight + cols, mask, 0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    along = tl.sum(pulled * wide, 0) / width
+    found = scale * (pulled - wide * (scale * scale * along))
+    more = tl.load(add + row * add_stride + cols, mask, 0.0).to(tl.float32)
+    tl.store(out + row * width + cols, (more + found).to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def rotate(qk, positions, inv_freq, stride, scaling, sign, D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    half: tl.constexpr = D // 2
+    cols = tl.arange(0, half)
+    dtype: tl.constexpr = qk.dtype.element_ty
+    at = qk + row * stride + tl.program_id(1) * D
+    low = tl.load(at + cols).to(tl.float32)
+    high = tl.load(at + half + cols).to(tl.float32)
+    angle = tl.load(positions + row).to(tl.float32) * tl.load(inv_freq + cols)
+    cos = (tl.cos(angle) * scaling).to(dtype).to(tl.float32)
+    sin = (tl.sin(angle) * scaling).to(dtype).to(tl.float32) * sign
+    tl.store(at + cols, (low * cos - high * sin).to(dtype))
+    tl.store(at + half + cols, (high * cos + low * sin).to(dtype))
+
+
+@triton.jit
 def place(
     qkv, q_out, info, rows, where, inv_freq, q_norm, k_norm, layer, stride, eps, scaling,
     HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,

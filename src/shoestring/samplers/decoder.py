@@ -1,8 +1,8 @@
 """One decode step over the policy's own weights, without transformers' layers around them.
 
 The products of one input are fused: q, k and v (gate and up) become rows of one storage, of which the model's own
-weights are views, so nothing is copied and nothing else notices. LoRA (arXiv 2106.09685) stays beside the base weights:
-its A matrices are further rows of the same storage, and one thin product adds what they give.
+weights are views, so nothing is copied and nothing else notices. LoRA (arXiv 2106.09685) stays beside the base weights,
+as two thin products for each fused one.
 """
 
 from __future__ import annotations
@@ -110,30 +110,29 @@ class Product:
 
     def __init__(self, modules: Sequence[Any], dtype: torch.dtype):
         self._linears = [_base(module) for module in modules]
-        self._thin = [thin for module in modules if (thin := _thin(module)) is not None]
         self.outs = sum(linear.out_features for linear in self._linears)
-        device, inputs = self._linears[0].weight.device, self._linears[0].in_features
-        ranks = sum(len(thin.down) for thin in self._thin)
+        self._weight = self._bias = None
+        if all(type(linear) is nn.Linear for linear in self._linears):
+            biases = [linear.bias for linear in self._linears]
+            self._weight = _joined([linear.weight for linear in self._linears])
+            self._bias = _joined(biases) if all(bias is not None for bias in biases) else None
+        ranks = sum(len(thin.down) for module in modules if (thin := _thin(module)) is not None)
         self._tail = -(-ranks // _ALIGNED) * _ALIGNED
-        options: dict[str, Any] = {"dtype": dtype, "device": device}
-        self._whole = all(type(linear) is nn.Linear for linear in self._linears)
-        biases = [linear.bias for linear in self._linears]
-        plain = self._whole and all(bias is not None for bias in biases)
-        self._bias = _joined(biases, self._tail) if plain else None
-        self._weight = _joined([linear.weight for linear in self._linears], self._tail) if self._whole else None
-        down = self._weight[self.outs :] if self._weight is not None else torch.zeros(self._tail, inputs, **options)
-        self._down = down
+        options: dict[str, Any] = {"dtype": dtype, "device": self._linears[0].weight.device}
+        self._down = torch.zeros(self._tail, self._linears[0].in_features, **options)
         self._up = torch.zeros(self.outs, self._tail, **options)
         self._parts = self._cut(modules)
 
     def _cut(self, modules: Sequence[Any]) -> list[tuple[Tensor, nn.Parameter, Tensor, nn.Parameter, float]]:
         """Where each adapter's A and B go: (rows of `_down`, A, block of `_up`, B, scaling)."""
         parts, out, rank = [], 0, 0
+        self._blocks: list[tuple[slice, slice, float]] = []
         for module in modules:
             size = _base(module).out_features
             thin = _thin(module)
             if thin is not None:
                 ranks = slice(rank, rank + len(thin.down))
+                self._blocks.append((slice(out, out + size), ranks, thin.scaling))
                 parts.append((self._down[ranks], thin.down, self._up[out : out + size, ranks], thin.up, thin.scaling))
                 rank += len(thin.down)
             out += size
@@ -150,37 +149,69 @@ class Product:
         return all(whole is None or _lie_in(whole, [getattr(x, name) for x in self._linears]) for whole, name in pairs)
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.run(x)[0]
+
+    def run(self, x: Tensor, *, adapted: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The product, and what A gave, [B, tail], if there is an adapter; without it on request."""
         if self._weight is not None:
-            whole = F.linear(x, self._weight, self._bias)
-            if not self._tail:
-                return whole
-            found, inner = whole[:, : self.outs], whole[:, self.outs :]
+            found = F.linear(x, self._weight, self._bias)
         else:
-            found = (
-                torch.cat([linear(x) for linear in self._linears], -1)
-                if len(self._linears) > 1
-                else self._linears[0](x)
-            )
-            if not self._tail:
-                return found
-            inner = F.linear(x, self._down)
-        return found.addmm_(inner, self._up.T)
+            several = [linear(x) for linear in self._linears]
+            found = torch.cat(several, -1) if len(several) > 1 else several[0]
+        if not (self._tail and adapted):
+            return found, None
+        inner = self.inner(x)
+        return found.addmm_(inner, self._up.T), inner
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What A gives, [B, tail]."""
+        return F.linear(x, self._down)
+
+    def back(
+        self, grad: Tensor, x: Tensor, inner: Tensor | None, *, through: bool = True
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """From the gradient of the product, [B, outs], that of x, [B, in] (unless not `through`), and those of each A
+        and B, in the order of `parts`."""
+        found = self._back_through(grad) if through else None
+        if inner is None:
+            return found, []
+        pulled = grad @ self._up
+        of_down, of_up = pulled.T @ x, grad.T @ inner
+        if found is not None:
+            found.addmm_(pulled, self._down)
+        grads: list[Tensor] = []
+        for out, rank, scaling in self._blocks:
+            grads += [of_down[rank].float(), of_up[out, rank].float() * scaling]
+        return found, grads
+
+    def _back_through(self, grad: Tensor) -> Tensor:
+        """[B, in], through the base weights."""
+        if self._weight is not None:
+            return grad @ self._weight
+        from bitsandbytes.functional import dequantize_4bit
+
+        total: Tensor | None = None
+        for part, linear in zip(grad.split([x.out_features for x in self._linears], -1), self._linears, strict=True):
+            weight = dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(grad.dtype)
+            total = part @ weight if total is None else total.addmm_(part, weight)
+            del weight  # one at a time
+        assert total is not None
+        return total
 
 
-def _joined(parts: Sequence[nn.Parameter], tail: int) -> Tensor:
-    """One storage for tensors of [n, ...] each, with `tail` rows of 0 behind them. The parameters become its rows."""
-    if len(parts) == 1 and not tail:
+def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
+    """One storage for tensors of [n, ...] each, which become its rows. It has the size of what it takes the place of,
+    so that the next layer's fits where this one's lay."""
+    if len(parts) == 1:
         return parts[0].data
-    count = sum(map(len, parts))
-    joined = parts[0].data.new_zeros(count + tail, *parts[0].shape[1:])
-    for part, rows in zip(parts, joined[:count].split([len(part) for part in parts]), strict=True):
-        rows.copy_(part.data)
+    joined = torch.cat([part.data for part in parts])
+    for part, rows in zip(parts, joined.split([len(part) for part in parts]), strict=True):
         part.data = rows
     return joined
 
 
 def _lie_in(whole: Tensor, parts: Sequence[Tensor]) -> bool:
-    """Whether `parts` are the first rows of `whole`, one behind the other."""
+    """Whether `parts` are the rows of `whole`, one behind the other."""
     start = whole.data_ptr()
     for part in parts:
         if part.data_ptr() != start:
@@ -222,9 +253,9 @@ class Decoder:
             float(getattr(rotary, "attention_scaling", 1.0)),
             config.rms_norm_eps,
         )
-        self._eps = config.rms_norm_eps
-        self._embedding = base.get_input_embeddings().weight
-        self._norm = model.norm.weight
+        self.eps = config.rms_norm_eps
+        self.embedding = base.get_input_embeddings().weight
+        self.last_norm = model.norm.weight
         self._head = base.lm_head
         self.layers = [self._layer(layer, index, config) for index, layer in enumerate(model.layers)]
         self.hidden_size, self.vocab_size = config.hidden_size, len(self._head.weight)
@@ -280,8 +311,8 @@ class Decoder:
 
     def hidden(self, rows: Tensor, table: Table, trunk_layer: int | None = None) -> Tensor:
         """Runs each row's next token, writing its keys and values: [B, H] behind the last norm."""
-        do, eps = self.operations, self._eps
-        x = F.embedding(table.info[rows, -1].long(), self._embedding)
+        do, eps = self.operations, self.eps
+        x = F.embedding(table.info[rows, -1].long(), self.embedding)
         normed = do.norm(x, self.layers[0].first_norm, eps)
         for index, layer in enumerate(self.layers):
             if index == trunk_layer:
@@ -290,7 +321,7 @@ class Decoder:
             found = layer.out(do.attend(q, rows, table, index, self.heads, layer.window))
             normed = do.add_norm(x, found, layer.second_norm, eps)
             found = layer.down(do.swiglu(layer.gate_up(normed)))
-            following = self.layers[index + 1].first_norm if index + 1 < len(self.layers) else self._norm
+            following = self.layers[index + 1].first_norm if index + 1 < len(self.layers) else self.last_norm
             normed = do.add_norm(x, found, following, eps)
         return normed
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from shoestring.errors import ConfigError
 from shoestring.memory import is_out_of_memory, shrinking
 from shoestring.samplers.base import Sampling, Told
-from shoestring.samplers.decoder import Decoder, unsupported
+from shoestring.samplers.decoder import unsupported
 from shoestring.samplers.draw import noise
 from shoestring.samplers.hf import PREFILL_SHARE, HfEngine, added_tokens, no_room, prompt_chunks, right_padded
 from shoestring.samplers.operations import COLUMNS, DONE, LENGTH, LIMIT, PROMPT, PROMPT_LENGTH, SLOT, Keys, Table
@@ -29,6 +30,8 @@ log = logging.getLogger("shoestring")
 
 # Sizes of a batch that get a graph of their own; between them, rows that stand for none fill up.
 LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# Completions whose first tokens are drawn at once: their logits come on top of those of the captured steps.
+FIRST_ROWS = 16
 # Steps between two looks at which completions have ended: a look waits for the GPU.
 _LOOK_EVERY = 16
 
@@ -151,18 +154,17 @@ class Steps:
 
     def __init__(self, policy: Policy):
         self._policy = policy
-        self.decoder = Decoder(policy)
+        self.decoder = policy.decoder
         self.captured = policy.device.type == "cuda"
         self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
         self._rows: dict[int, torch.Tensor] = {}
         self._pool: object = None
-        self._stream: torch.cuda.Stream | None = None
 
     def look_at_weights(self) -> None:
         """Takes over the adapter as it is now. Weights that have been moved are joined again."""
-        if not self.decoder.intact():
+        if self._policy.decoder is not self.decoder:
             self.drop()
-            self.decoder = Decoder(self._policy)
+            self.decoder = self._policy.decoder
         self.decoder.sync()
 
     def drop(self) -> None:
@@ -201,20 +203,25 @@ class Steps:
         """One step as a graph. It is run once before, on rows that stand for none: what is compiled or set up at first
         use must not be captured."""
         current = torch.cuda.current_stream()
-        if self._stream is None:
-            own = current != torch.cuda.default_stream()
-            self._stream = current if own else torch.cuda.Stream()
+        own = current != torch.cuda.default_stream()  # a run has a stream of its own; the default one captures nothing
+        stream = current if own else _capture_stream(self._policy.device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        self._stream.wait_stream(current)
+        stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(stream):
             self.decoder.step(torch.full_like(rows, len(table.tokens) - 1), table, sampling, trunk_layer)
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):  # type: ignore[arg-type]
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):  # type: ignore[arg-type]
             self.decoder.step(rows, table, sampling, trunk_layer)
-        current.wait_stream(self._stream)
+        current.wait_stream(stream)
         return graph
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for good: each stream that products run on gets a workspace of its own from cuBLAS, 32 MiB on an H100."""
+    return torch.cuda.Stream(device)
 
 
 class _Wave:
@@ -326,9 +333,10 @@ class _Wave:
         uniform = torch.stack([noise_of(*divmod(row, self._num)) for row in come])
         table.info[rows] = info.to(device)
         table.uniform[rows, : uniform.shape[1]] = uniform.to(device)
-        logits = self._decoder.logits(self._first_hidden[info[:, PROMPT].long().to(device)])
-        token, logprob = self._decoder.operations.pick(logits, rows, table, self._sampling)
-        self._decoder.operations.advance(token, logprob, rows, table)
+        hidden = self._first_hidden[info[:, PROMPT].long().to(device)]
+        do = self._decoder.operations
+        for some, part in zip(rows.split(FIRST_ROWS), hidden.split(FIRST_ROWS), strict=True):
+            do.advance(*do.pick(self._decoder.logits(part), some, table, self._sampling), some, table)
         return come
 
     def _next(self, waiting: deque[int]) -> tuple[list[int], list[int]]:

@@ -119,8 +119,21 @@ class Operations(Protocol):
         """Attention of each row's query over its prompt and its own tokens: [B, heads D]."""
         ...
 
+    def norm_back(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor) -> Tensor:
+        """`add` and the gradient of x in `norm`, from that of its output. [B, H] each."""
+        ...
+
+    def rotate(self, qk: Tensor, positions: Tensor, heads: Heads, *, back: bool = False) -> Tensor:
+        """Rotary embedding (arXiv 2104.09864), in place, of the queries and keys at the head of each row, at positions
+        [B]: [B, (heads + kv) D] or more. `back` turns the other way."""
+        ...
+
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """silu(gate) up, [B, I], of [B, 2 I]."""
+        ...
+
+    def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> Tensor:
+        """Overwrites gate and up, [B, 2 I], with their gradients, from that of `swiglu`'s output, [B, I]."""
         ...
 
     def pick(self, logits: Tensor, rows: Tensor, table: Table, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -140,7 +153,7 @@ class Plain:
     """Plain torch: the reference, and what runs on the CPU."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float() if x.dtype != torch.float64 else x
+        wide = _wide(x)
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
     def add_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -184,9 +197,31 @@ class Plain:
         )
         return found.flatten(1)
 
+    def norm_back(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor) -> Tensor:
+        wide, pulled = _wide(x), _wide(grad) * _wide(weight)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        along = (pulled * wide).mean(-1, keepdim=True)
+        return add + (scale * (pulled - wide * scale.square() * along)).to(x.dtype)
+
+    def rotate(self, qk: Tensor, positions: Tensor, heads: Heads, *, back: bool = False) -> Tensor:
+        angle = positions[:, None] * heads.inv_freq
+        cos, sin = ((f * heads.scaling).to(qk.dtype).repeat(1, 2)[:, None] for f in (angle.cos(), angle.sin()))
+        turned = qk[:, : (heads.heads + heads.kv_heads) * heads.head_dim].unflatten(-1, (-1, heads.head_dim))
+        turned.copy_(_rotated(turned, cos, -sin if back else sin))
+        return qk
+
     def swiglu(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
+
+    def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        wide = _wide(gate)
+        share = wide.sigmoid()
+        of_gate = _wide(grad) * _wide(up) * share * (1 + wide * (1 - share))
+        up.copy_(_wide(grad) * wide * share)
+        gate.copy_(of_gate)
+        return gate_up
 
     def pick(self, logits: Tensor, rows: Tensor, table: Table, sampling: Sampling) -> tuple[Tensor, Tensor]:
         return draw(logits, table.uniform[rows, _next(table, rows)], sampling)
@@ -215,6 +250,10 @@ def _next(table: Table, rows: Tensor) -> Tensor:
     """The place in its completion of each row's next token, [B]. (-1 tokens are in the cache before the first is
     drawn.)"""
     return (table.info[rows, LENGTH] + 1).long()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -286,6 +325,31 @@ class Fused:
         """Parts of each row's tokens, by the longest that it can get."""
         longest = table.tokens.shape[1] // block + 2
         return max(min(self._programs // max(programs, 1), longest, 16), 1)
+
+    def norm_back(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        count, width = x.shape
+        block = _power(width)
+        kernels().norm_back[(count,)](
+            grad, x, weight, add, out, grad.stride(0), x.stride(0), add.stride(0), width, eps, BLOCK=block,
+            num_warps=8 if block > 1024 else 4,
+        )  # fmt: skip
+        return out
+
+    def rotate(self, qk: Tensor, positions: Tensor, heads: Heads, *, back: bool = False) -> Tensor:
+        count = heads.heads + heads.kv_heads
+        kernels().rotate[(len(qk), count)](
+            qk, positions, heads.inv_freq, qk.stride(0), heads.scaling, -1.0 if back else 1.0,
+            D=heads.head_dim, num_warps=1,
+        )  # fmt: skip
+        return qk
+
+    def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> Tensor:
+        count, width = grad.shape
+        kernels().swiglu_back[(count, -(-width // 1024))](
+            grad, gate_up, grad.stride(0), gate_up.stride(0), width, BLOCK=1024, num_warps=4
+        )
+        return gate_up
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         count, width = gate_up.shape[0], gate_up.shape[1] // 2
