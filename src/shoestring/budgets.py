@@ -73,12 +73,14 @@ def longest_prompt(config: RunConfig, reader: Policy | Reader, problems: Sequenc
 def loaded(config: RunConfig) -> Policy:
     """The policy; raises `OutOfMemory` if the card is too small for its weights."""
     try:
-        return load_policy(
+        policy = load_policy(
             config.model,
             adapter=config.adapter,
             keep_reference=config.objective.beta > 0,
             device=config.execution.device,
         )
+        policy.plain = config.execution.plain
+        return policy
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -135,6 +137,8 @@ def trunk_layer(config: RunConfig, policy: Policy, engine: Engine, plan: Plan | 
         return None, "the lowest layer is trained" if policy.adapted is not None else "all layers are trained"
     if not getattr(engine, "keeps_trunk", False):
         return None, "this sampler keeps nothing but tokens"
+    if policy.plain:
+        return None, "execution.plain is on"
     if not policy.takes_trees:
         return None, "the layers of this model see more than the residual stream of all tokens before"
     if plan is not None and not plan.work.trunk_rows:

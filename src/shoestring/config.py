@@ -102,6 +102,9 @@ class ExecutionSettings(Settings):
     """Cache slots that sampling fills at once; None leaves it to the memory plan."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)
     """Padded tokens that the training forward takes at once; None leaves it to the memory plan."""
+    plain: bool = False
+    """Train through transformers' own layers, each completion behind a copy of its prompt: slower, and the reference of
+    what is faster."""
     trunk_cache: bool | Literal["auto"] = "auto"
     """Keep, from sampling to training, what the layers below the lowest trained one gave for each token, so that they
     are not run again. "auto" leaves it to the memory plan."""

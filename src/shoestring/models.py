@@ -144,6 +144,8 @@ def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    from shoestring.samplers.decoder import join_on
+
     disable_progress_bar()
     source = locate(settings.name)
     check_quantisation(settings)
@@ -166,6 +168,8 @@ def load(settings: ModelSettings, device: torch.device) -> tuple[PreTrainedModel
         _without_plans_for_each_length()
     if settings.dtype == "nf4":
         quantise(model, device)
+    elif device.type == "cuda":
+        join_on(model, device)
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer, source
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TypeVar
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ def train_in_pieces(
     """One update from these completions, in micro-batches of `pieces.micro_batch_tokens`, which is lowered if they do
     not fit. Every size gives the same gradient up to rounding."""
     rows = training_rows(groups, credits, normalise=config.algorithm.normalise, beta=config.objective.beta)
-    cut = partial(micro_batches, rows, trees=policy.takes_trees)
+    cut = cache(partial(micro_batches, rows, trees=policy.takes_trees))
     batches = cut(pieces.micro_batch_tokens)
     if not batches:  # without signal there is nothing to learn from, and the step is a fact to report
         return UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False), batches
@@ -188,7 +188,8 @@ def worst_batch(
 
 def _empty_trunks(policy: Policy, prompt: Prompt, sampling: Sampling) -> list[Trunk]:
     """A step's, with nothing in them."""
-    num, weight = sampling.num_completions, policy.base.get_input_embeddings().weight
+    num = sampling.num_completions
+    weight: Any = policy.base.get_input_embeddings().weight
     own = weight.new_zeros(sampling.most_prompts * num, sampling.max_new_tokens, weight.shape[1])
     prompts = [weight.new_zeros(len(prompt.token_ids), weight.shape[1]) for _ in range(sampling.most_prompts)]
     return [Trunk(prompts[place // num], own[place]) for place in range(len(own))]

@@ -150,6 +150,7 @@ def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
     itemsize = {"bf16": 2, "fp16": 2, "fp32": 4}.get(dtype, 2 if gpu else 4)
     trained = config.adapter.trained(shape)
     sampling = config.sampling
+    fast = not config.execution.plain and config.model.attn_implementation != "eager"
     reference = "none" if not config.objective.beta else "copy" if trained.whole else "adapter"
     return Work(
         shape=shape,
@@ -169,15 +170,15 @@ def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
         step_temporaries=_step_temporaries(config, shape, trained, gpu),
         reference=reference,
         graph=config.sampler.name in ("auto", "graph") and shape.family in MODELS,
-        trees=shape.family in TREE_MODELS and config.model.attn_implementation != "eager",
-        own_layers=shape.family in MODELS and not trained.whole and config.model.attn_implementation != "eager",
+        trees=fast and shape.family in TREE_MODELS,
+        own_layers=fast and shape.family in MODELS and not trained.whole,
         trunk_rows=_trunk_rows(config, shape, trained),
     )
 
 
 def _trunk_rows(config: RunConfig, shape: Shape, trained: Trained) -> int:
     """Completions whose residual stream in front of the first trained layer may be kept for training."""
-    known = shape.family in MODELS and config.sampler.name in ("auto", "graph")
+    known = shape.family in MODELS and config.sampler.name in ("auto", "graph") and not config.execution.plain
     if not known or trained.whole or trained.first_layer == 0 or config.execution.trunk_cache is False:
         return 0
     return config.sampling.most_prompts * config.sampling.num_completions

@@ -77,6 +77,8 @@ class Policy:
         self.tokenizer = tokenizer
         self.adapted = adapted
         self._first = first
+        self.plain = False
+        """Whether training goes through transformers, row by row: the reference of all that is faster."""
         self._decoder: Decoder | None = None
         self._as_reference = self._recompute = False
         self.name = name
@@ -109,6 +111,10 @@ class Policy:
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, in the model's order."""
+        return dict(self._trained)
+
+    @cached_property
+    def _trained(self) -> dict[str, nn.Parameter]:
         module = self.base if self.adapted is None else self.adapted
         return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
@@ -179,7 +185,7 @@ class Policy:
         config = self.base.config
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         window = config.model_type == "mistral" and getattr(config, "sliding_window", None) is not None
-        known = config.model_type in TREE_MODELS and self._post is not None
+        known = config.model_type in TREE_MODELS and self._post is not None and not self.plain
         return known and kinds == {"full_attention"} and not window and config._attn_implementation == "sdpa"
 
     @cached_property
@@ -191,9 +197,9 @@ class Policy:
     def _upper(self) -> Any:
         """The model from its first layer with a trained parameter upwards, over the same modules."""
         first = self.first_gradient_layer
-        model = copy.copy(self.base.base_model)
-        model._modules = {**model._modules, "layers": nn.ModuleList(list(model.layers)[first:])}  # type: ignore[operator]
-        model.config = copy.copy(model.config)  # type: ignore[assignment]
+        model: Any = copy.copy(self.base.base_model)
+        model._modules = {**model._modules, "layers": nn.ModuleList(list(model.layers)[first:])}
+        model.config = copy.copy(model.config)
         model.config.num_hidden_layers -= first
         if getattr(model.config, "layer_types", None):
             model.config.layer_types = model.config.layer_types[first:]
@@ -227,7 +233,8 @@ class Policy:
         """The policy as it was before training, without gradient: the base model without its adapter, or the copy."""
         if self.adapted is None and self._first is None:
             raise ConfigError("there is no adapter", "the reference is the model without it", "set objective.beta = 0")
-        self._as_reference = self.first_gradient_layer >= 0  # known before PEFT freezes what it turns off
+        _ = self._trained, self.first_gradient_layer  # found before PEFT freezes what it turns off
+        self._as_reference = True
         try:
             with torch.no_grad(), self._copied() if self._first else self.adapted.disable_adapter():  # type: ignore
                 yield

@@ -1,7 +1,9 @@
 """The kernels of `samplers.operations.Fused`, where shapes are told. Numbers are fp32 between load and store unless
 said otherwise."""
 
-# pyright: basic
+# Triton's types do not know what its compiler does with constants:
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportMissingImports=false
+# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import triton

@@ -31,7 +31,8 @@ _ALIGNED = 8
 
 def unsupported(policy: Policy) -> str:
     """Why this policy's model has no decode step here; empty if it has one."""
-    base, config = policy.base, policy.base.config
+    base: Any = policy.base
+    config = base.config
     if config.model_type not in MODELS:
         return f'models of type "{config.model_type}" are not among {", ".join(MODELS)}'
     rope = getattr(base.base_model.rotary_emb, "rope_type", "default")
@@ -145,8 +146,11 @@ class Product:
     @property
     def intact(self) -> bool:
         """Whether the model's weights still lie in the joined storage: `.to()` and `deepcopy` part them."""
-        pairs = [(self._weight, "weight"), (self._bias, "bias")]
-        return all(whole is None or _lie_in(whole, [getattr(x, name) for x in self._linears]) for whole, name in pairs)
+        for whole, name in ((self._weight, "weight"), (self._bias, "bias")):
+            parts = [getattr(linear, name) for linear in self._linears]
+            if whole is not None and not (parts[0].data_ptr() == whole.data_ptr() and _follow(parts)):
+                return False
+        return True
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.run(x)[0]
@@ -202,22 +206,42 @@ class Product:
 def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
     """One storage for tensors of [n, ...] each, which become its rows. It has the size of what it takes the place of,
     so that the next layer's fits where this one's lay."""
-    if len(parts) == 1:
-        return parts[0].data
+    first = parts[0].data
+    count = sum(map(len, parts))
+    if _follow(parts):  # they were joined when they were loaded
+        return first.as_strided((count, *first.shape[1:]), first.stride())
     joined = torch.cat([part.data for part in parts])
     for part, rows in zip(parts, joined.split([len(part) for part in parts]), strict=True):
         part.data = rows
     return joined
 
 
-def _lie_in(whole: Tensor, parts: Sequence[Tensor]) -> bool:
-    """Whether `parts` are the rows of `whole`, one behind the other."""
-    start = whole.data_ptr()
+def _follow(parts: Sequence[Tensor]) -> bool:
+    """Whether tensors lie one behind the other in one storage."""
+    storage, start = parts[0].untyped_storage().data_ptr(), parts[0].data_ptr()
     for part in parts:
-        if part.data_ptr() != start:
+        if part.untyped_storage().data_ptr() != storage or part.data_ptr() != start or not part.is_contiguous():
             return False
-        start += part.numel() * part.element_size()
+        start += part.nbytes
     return True
+
+
+def join_on(model: Any, device: torch.device) -> None:
+    """Brings to the device what is to be joined, each product as a whole: joined there later, the parts would leave
+    holes in its memory."""
+    if model.config.model_type not in MODELS:
+        return
+    for layer in model.base_model.layers:
+        named = dict(_named(layer))
+        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            linears = [named[name] for name in names]
+            if any(type(linear) is not nn.Linear for linear in linears):
+                continue
+            for parts in ([x.weight for x in linears], [x.bias for x in linears]):
+                if all(part is not None for part in parts):
+                    whole = torch.cat([part.data for part in parts]).to(device)
+                    for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+                        part.data = rows
 
 
 @dataclass(frozen=True)
@@ -238,7 +262,7 @@ class Decoder:
     """The decode step of one policy."""
 
     def __init__(self, policy: Policy):
-        base = policy.base
+        base: Any = policy.base
         config, model = base.config, base.base_model
         self.device = base.device
         self.dtype = base.dtype
@@ -294,9 +318,9 @@ class Decoder:
         if not parts:
             return
         down, a, up, b, scaling = map(list, zip(*parts, strict=True))
-        torch._foreach_copy_(down, [p.data for p in a])
-        torch._foreach_copy_(up, [p.data for p in b])
-        torch._foreach_mul_(up, scaling)
+        torch._foreach_copy_(down, [p.data for p in a])  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(up, [p.data for p in b])  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(up, scaling)  # pyright: ignore[reportPrivateImportUsage]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, V] from the last norm's output, [B, H]."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -379,7 +379,8 @@ class _Wave:
             for index, p in enumerate(used):
                 self._trunks[p] = given[0][index, : len(self._prompts[p].token_ids)].clone()
 
-        handle = self._policy.base.base_model.layers[self._trunk_layer].register_forward_pre_hook(take)
+        model: Any = self._policy.base.base_model
+        handle = model.layers[self._trunk_layer].register_forward_pre_hook(take)
         try:
             yield
         finally:
