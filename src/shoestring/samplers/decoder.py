@@ -336,6 +336,7 @@ class Decoder:
     def hidden(self, rows: Tensor, table: Table, trunk_layer: int | None = None) -> Tensor:
         """Runs each row's next token, writing its keys and values: [B, H] behind the last norm."""
         do, eps = self.operations, self.eps
+        do.begin(rows, table, self.heads)
         x = F.embedding(table.info[rows, -1].long(), self.embedding)
         normed = do.norm(x, self.layers[0].first_norm, eps)
         for index, layer in enumerate(self.layers):

@@ -279,6 +279,8 @@ class _Wave:
                 ended = [row for row, (_, is_done) in zip(active, seen, strict=True) if is_done]
                 active = [row for row, (_, is_done) in zip(active, seen, strict=True) if not is_done]
                 self._leave(ended, lengths, ends, take)
+                if not self._steps.captured:
+                    active = self._closed_up(active)
         finally:
             self._table.hold(None)
 
@@ -297,6 +299,7 @@ class _Wave:
         """Makes room in memory for so many completions and their prompts."""
         device, decoder = self._policy.device, self._decoder
         num_prompts = prompts_at_once(num_rows, len(self._prompts), self._num)
+
         make = torch.zeros if device.type == "cpu" else torch.empty  # the CPU's attention reads what it masks
 
         def room(count: int, slots: int) -> torch.Tensor:
@@ -392,6 +395,23 @@ class _Wave:
         if keys is None or keys.trunk is None:
             return None
         return Trunk(self._trunks[row // self._num], keys.trunk[row, : length - 1])
+
+    def _closed_up(self, active: Sequence[int]) -> list[int]:
+        """Moves completions into places that others have left, so that those of the batch lie side by side, in order,
+        and nothing has to be gathered in each step."""
+        assert self._table.keys is not None
+        own = self._table.keys.own
+        for row in active:
+            slot = self._slot[row]
+            if slot >= len(active):
+                place = min(self._free_rows)
+                self._free_rows.remove(place)
+                self._free_rows.append(slot)
+                own[:, :, place] = own[:, :, slot]
+                self._slot[row] = place
+                self._table.info[row, SLOT] = place
+        self._free_rows.sort()
+        return sorted(active, key=self._slot.__getitem__)
 
     def _leave(self, ended: Sequence[int], lengths: dict[int, int], ends: Sequence[int], take: Told) -> None:
         """Frees the places of completions that have ended, and hands over the groups that are complete."""

@@ -100,6 +100,10 @@ class Heads:
 class Operations(Protocol):
     """The two of them."""
 
+    def begin(self, rows: Tensor, table: Table, heads: Heads) -> None:
+        """A step of these rows, [B], begins."""
+        ...
+
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMS norm (arXiv 1910.07467) of [B, H]."""
         ...
@@ -149,8 +153,48 @@ class Operations(Protocol):
         ...
 
 
+class _Step:
+    """What the layers of one step share in `Plain`."""
+
+    def __init__(self, rows: Tensor, table: Table, heads: Heads):
+        self.info = info = table.info[rows].long()
+        self.behind, self.length = info[:, PROMPT_LENGTH], info[:, LENGTH] + 1
+        self.wide, self.deep = int(self.behind.max()), int(self.length.max())
+        angle = (self.behind + info[:, LENGTH])[:, None] * heads.inv_freq
+        self._turn = (
+            (angle.cos() * heads.scaling).repeat(1, 2)[:, None],
+            (angle.sin() * heads.scaling).repeat(1, 2)[:, None],
+        )
+        self.going = None if bool((info[:, DONE] == 0).all()) else (info[:, DONE] == 0).nonzero().flatten()
+        slots = info[:, SLOT]
+        self.in_order = bool((slots == torch.arange(len(slots), device=slots.device)).all())
+        self._unseen: dict[int | None, Tensor] = {}
+
+    def turn(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rotary embedding, [B, 1, D] each."""
+        return self._turn[0].to(dtype), self._turn[1].to(dtype)
+
+    def unseen(self, window: int | None) -> Tensor:
+        """Which of the cached prompt tokens and own tokens attention must not look at, [B, 1, 1, wide + deep]."""
+        if window not in self._unseen:
+            place = torch.arange(self.wide + self.deep, device=self.info.device)[None]
+            first = place < self.wide
+            position = torch.where(first, place, place - self.wide + self.behind[:, None])
+            real = torch.where(first, place < self.behind[:, None], place - self.wide < self.length[:, None])
+            if window is not None:
+                real &= position > (self.behind + self.length)[:, None] - 1 - window
+            self._unseen[window] = ~real[:, None, None]
+        return self._unseen[window]
+
+
 class Plain:
     """Plain torch: the reference, and what runs on the CPU."""
+
+    def __init__(self) -> None:
+        self._step: _Step | None = None
+
+    def begin(self, rows: Tensor, table: Table, heads: Heads) -> None:
+        self._step = _Step(rows, table, heads)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = _wide(x)
@@ -167,35 +211,26 @@ class Plain:
         q, k, v = qkv.unflatten(-1, (-1, heads.head_dim)).split([count, kv, kv], 1)
         if norms is not None:
             q, k = self.norm(q, norms[0], heads.eps), self.norm(k, norms[1], heads.eps)
-        info = table.info[rows].long()
-        angle = (info[:, PROMPT_LENGTH] + info[:, LENGTH])[:, None] * heads.inv_freq
-        cos, sin = ((f * heads.scaling).to(q.dtype).repeat(1, 2)[:, None] for f in (angle.cos(), angle.sin()))
-        own = table.keys.own[:, layer]
-        going = info[:, DONE] == 0
-        slot, length = info[going, SLOT], info[going, LENGTH]
-        own[0, slot, :, length] = _rotated(k, cos, sin)[going]
-        own[1, slot, :, length] = v[going]
-        return _rotated(q, cos, sin)
+        step = self._step or _Step(rows, table, heads)
+        turned = _rotated(torch.cat([q, k], 1), *step.turn(qkv.dtype))
+        slot, length = step.info[:, SLOT], step.info[:, LENGTH]
+        both = torch.stack([turned[:, count:], v])
+        if step.going is not None:
+            both, slot, length = both[:, step.going], slot[step.going], length[step.going]
+        table.keys.own[:, layer].transpose(2, 3)[:, slot, length] = both
+        return turned[:, :count]
 
     def attend(self, q: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, window: int | None) -> Tensor:
         assert table.keys is not None
-        info = table.info[rows].long()
-        behind, length = info[:, PROMPT_LENGTH], info[:, LENGTH] + 1
-        wide, deep = int(behind.max()), int(length.max())
-        prompt = table.keys.prompt[:, layer, :, :, :wide][:, info[:, PROMPT]]
-        own = table.keys.own[:, layer, :, :, :deep][:, info[:, SLOT]]
-        keys, values = torch.cat([prompt, own], 3)
-        place = torch.arange(wide + deep, device=q.device)
-        place = torch.where(place < wide, place, place - wide)[None]
-        first = torch.arange(wide + deep, device=q.device)[None] < wide
-        position = torch.where(first, place, place + behind[:, None])
-        seen = torch.where(first, place < behind[:, None], place < length[:, None])
-        if window is not None:
-            seen &= position > (behind + length)[:, None] - 1 - window
-        found = F.scaled_dot_product_attention(
-            q[:, :, None], keys, values, attn_mask=seen[:, None, None], enable_gqa=heads.heads != heads.kv_heads
-        )
-        return found.flatten(1)
+        step = self._step or _Step(rows, table, heads)
+        keys, values = table.keys.prompt[:, layer, :, :, : step.wide][:, step.info[:, PROMPT]]
+        own = table.keys.own[:, layer, :, :, : step.deep]
+        own_keys, own_values = own[:, : len(q)] if step.in_order else own[:, step.info[:, SLOT]]
+        asked = q.unflatten(1, (heads.kv_heads, -1)) * heads.head_dim**-0.5
+        scores = torch.cat([asked @ keys.transpose(2, 3), asked @ own_keys.transpose(2, 3)], -1)
+        weights = scores.masked_fill_(step.unseen(window), -torch.inf).softmax(-1, dtype=_wide_dtype(q)).to(q.dtype)
+        before, after = weights.split([step.wide, step.deep], -1)
+        return (before @ values + after @ own_values).flatten(1)
 
     def norm_back(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor) -> Tensor:
         wide, pulled = _wide(x), _wide(grad) * _wide(weight)
@@ -253,7 +288,11 @@ def _next(table: Table, rows: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(_wide_dtype(x))
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -267,6 +306,9 @@ class Fused:
     def __init__(self, programs: int = 264):
         """`programs` is how many keep the card busy: two a multiprocessor."""
         self._programs = programs
+
+    def begin(self, rows: Tensor, table: Table, heads: Heads) -> None:
+        """Kernels read what they need from the table."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(x, x, weight, eps, add=False)
