@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "memory.md")
+PAGES = (ROOT / "README.md", *((ROOT / "docs" / f"{name}.md") for name in ("results", "memory", "speed")))
 _BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -124,8 +124,8 @@ def on_paper() -> str:
     return table(["run", "predicted GiB", "allocated GiB", "reserved GiB", "waves", "seconds a step"], rows) + note
 
 
-def w1() -> str:
-    found = result("w1")
+def w1(name: str = "w1") -> str:
+    found = result(name)
     rows = [
         [
             f"{r['system']}, {r['setting']}",
@@ -145,12 +145,42 @@ def w1() -> str:
     return table([*headings, "training s", "steps"], rows) + f"\n{where(found)}. {found.get('note', '')}\n"
 
 
+def decode() -> str:
+    found = result("decode")
+    rows = [
+        [
+            r["setting"],
+            f"{r['tokens_per_s']:,.0f}",
+            f"{r['ms_a_step']:.1f}",
+            f"{r['sample_s']:.2f} ({r['sample_s_least']:.2f} to {r['sample_s_most']:.2f})",
+            f"{r['first_s']:.1f}",
+        ]
+        for r in found["rows"]
+    ]
+    note = f"\nMedians of {found['rows'][0]['runs']} samplings. {where(found)}. {found.get('note', '')}\n"
+    return table(["workload", "tokens/s", "ms a decode step", "seconds (least to most)", "first time"], rows) + note
+
+
+def w3() -> str:
+    found = result("w3")
+    rows = [
+        [r["setting"], f"{r['step_s']:.2f} ({r['step_s_least']:.2f} to {r['step_s_most']:.2f})"]
+        + [f"{r[name]:.2f}" for name in ("sample_s", "train_s")]
+        for r in found["rows"]
+    ]
+    note = f"\nMedians of {found['rows'][0]['runs']} steps. {where(found)}. {found.get('note', '')}\n"
+    return table(["state of the code", "step s (least to most)", "sampling s", "training s"], rows) + note
+
+
 TABLES = {
     "demo-compare": demo_compare,
     "svamp-first": svamp_first,
     "memory-grid": memory_grid,
     "on-paper": on_paper,
     "w1": w1,
+    "w1-graph": lambda: w1("w1-graph"),
+    "decode": decode,
+    "w3": w3,
 }
 
 
