@@ -3,8 +3,8 @@
     python bench/w1.py OUT [--tiny] [--only ours|budgets|trl]
 
 8 prompts of exactly 128 tokens x 8 completions of exactly 256 (ends ignored), bf16, LoRA r=16 on q,v of the last 9 of
-28 layers, `grpo` over every completion token, one update, beta 0, a reward of seeded noise. Ours with the plain `hf`
-sampler, without a budget and under several; TRL with its defaults (checkpointing on) and with checkpointing off.
+28 layers, `grpo` over every completion token, one update, beta 0, a reward of seeded noise. Ours as it comes,
+without a budget and under several; TRL with its defaults (checkpointing on) and with checkpointing off.
 """
 
 from __future__ import annotations

@@ -84,6 +84,8 @@ class Work:
     """What completions share is run once in training."""
     own_layers: bool = False
     """Training runs the layers by our own code, not by transformers'."""
+    filtered: bool = False
+    """Some draw is greedy or filtered (evaluations' are), and so needs probabilities of all tokens."""
     trunk_rows: int = 0
     """Completions whose residual stream is kept for training; 0 without a trunk cache."""
 
@@ -153,7 +155,13 @@ def captured(work: Work, rows: int) -> int:
     """What captured decode steps of up to `rows` hold between samplings: logits, and a layer's tensors."""
     if not (work.graph and work.gpu):
         return 0
-    return rows * (work.itemsize * work.shape.vocab + forward_token(work)) + dequantised(work)
+    drawn = draw_tile(work, rows) if work.filtered else 0
+    return rows * (work.itemsize * work.shape.vocab + forward_token(work)) + dequantised(work) + drawn
+
+
+def draw_tile(work: Work, rows: int) -> int:
+    """What a draw in plain torch makes of the logits that it takes at once."""
+    return max(min(rows, DRAW_TILE // work.shape.vocab), 1) * work.shape.vocab * DRAW_BYTES
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
@@ -197,7 +205,7 @@ def prefill(work: Work, rows: int) -> int:
 def decode(work: Work, rows: int) -> int:
     """One token a row: logits, what the draw makes of a tile of them, and the heads of keys that a mask multiplies."""
     shape, e = work.shape, work.itemsize
-    tile = max(min(rows, DRAW_TILE // shape.vocab), 1) * shape.vocab * DRAW_BYTES
+    tile = draw_tile(work, rows)
     if work.graph and work.gpu:
         return e * shape.vocab * min(rows, FIRST_ROWS) + captured(work, rows)
     return e * shape.vocab * rows + max(

@@ -170,6 +170,7 @@ def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
         step_temporaries=_step_temporaries(config, shape, trained, gpu),
         reference=reference,
         graph=config.sampler.name in ("auto", "graph") and shape.family in MODELS,
+        filtered=bool(config.eval_every or sampling.top_k or sampling.top_p < 1 or sampling.min_p),
         trees=fast and shape.family in TREE_MODELS,
         own_layers=fast and shape.family in MODELS and not trained.whole,
         trunk_rows=_trunk_rows(config, shape, trained),
