@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from shoestring.heads import head_bytes
+from shoestring.samplers.decoder import PRODUCTS
 from shoestring.samplers.draw import DRAW_TILE
 from shoestring.samplers.graph import FIRST_ROWS, prompts_at_once
 from shoestring.samplers.hf import PREFILL_SHARE
@@ -26,8 +27,6 @@ NF4_TABLES = 2**12
 WORKSPACE = 60 * 2**20
 # The fp32 and fp64 numbers that a draw makes of each logit.
 DRAW_BYTES = 24
-# Linear layers that share an input, and are one product of the decode step.
-_PRODUCTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 CONTEXT = 800 * 2**20
 """About what the CUDA context and loaded kernels take of a card, outside every budget."""
 
@@ -137,7 +136,7 @@ def fused(work: Work) -> int:
         return 0
     ranks = -(-work.trained.rank // 8) * 8
     blocks = 0
-    for names in _PRODUCTS:
+    for names in PRODUCTS:
         linears = [linear for linear in work.shape.linears if linear.name in names]
         count = sum(linear.name in work.trained.modules for linear in linears)
         if count:  # A of each, and B in a block of all

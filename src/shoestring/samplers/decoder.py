@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Families whose layer is: norm, q k v, rotary embedding, attention, o, norm, SwiGLU.
 MODELS = ("qwen2", "qwen3", "llama", "mistral")
+# Linear modules of a layer that share an input, and are one product.
+PRODUCTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 # Rotary embeddings whose frequencies do not change with the length of the text.
 _ROPE = ("default", "linear", "llama3", "yarn")
 # Rows of a storage are padded to this, to keep products on the tensor cores.
@@ -210,7 +212,11 @@ def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
     count = sum(map(len, parts))
     if _follow(parts):  # they were joined when they were loaded
         return first.as_strided((count, *first.shape[1:]), first.stride())
-    joined = torch.cat([part.data for part in parts])
+    return _shared_out(torch.cat([part.data for part in parts]), parts)
+
+
+def _shared_out(joined: Tensor, parts: Sequence[nn.Parameter]) -> Tensor:
+    """Makes the parameters the rows of `joined`, which holds what they do."""
     for part, rows in zip(parts, joined.split([len(part) for part in parts]), strict=True):
         part.data = rows
     return joined
@@ -233,15 +239,13 @@ def join_on(model: Any, device: torch.device) -> None:
         return
     for layer in model.base_model.layers:
         named = dict(_named(layer))
-        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        for names in PRODUCTS:
             linears = [named[name] for name in names]
-            if any(type(linear) is not nn.Linear for linear in linears):
+            if len(linears) == 1 or any(type(linear) is not nn.Linear for linear in linears):
                 continue
             for parts in ([x.weight for x in linears], [x.bias for x in linears]):
                 if all(part is not None for part in parts):
-                    whole = torch.cat([part.data for part in parts]).to(device)
-                    for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-                        part.data = rows
+                    _shared_out(torch.cat([part.data for part in parts]).to(device), parts)
 
 
 @dataclass(frozen=True)
@@ -288,16 +292,13 @@ class Decoder:
     def _layer(self, layer: Any, index: int, config: Any) -> Layer:
         named = dict(_named(layer))
         attention = layer.self_attn
-
-        def product(*names: str) -> Product:
-            return Product([named[name] for name in names], self.dtype)
-
+        qkv, out, gate_up, down = (Product([named[name] for name in names], self.dtype) for names in PRODUCTS)
         norms = (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
         return Layer(
-            product("q_proj", "k_proj", "v_proj"),
-            product("o_proj"),
-            product("gate_proj", "up_proj"),
-            product("down_proj"),
+            qkv,
+            out,
+            gate_up,
+            down,
             layer.input_layernorm.weight,
             layer.post_attention_layernorm.weight,
             norms,

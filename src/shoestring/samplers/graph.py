@@ -162,10 +162,11 @@ class Steps:
 
     def look_at_weights(self) -> None:
         """Takes over the adapter as it is now. Weights that have been moved are joined again."""
-        if self._policy.decoder is not self.decoder:
+        decoder = self._policy.decoder
+        if decoder is not self.decoder:
             self.drop()
-            self.decoder = self._policy.decoder
-        self.decoder.sync()
+            self.decoder = decoder
+        decoder.sync()
 
     def drop(self) -> None:
         """Forgets every graph, and gives back what they hold: all at once, since they share memory."""
