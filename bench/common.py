@@ -99,6 +99,7 @@ def random_model(shape: str) -> Path:
 def clean() -> None:
     gc.collect()
     if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()  # of the stream that a system before used
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

@@ -65,7 +65,7 @@ def step(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
 
 def products(hidden: Tensor, weight: Tensor) -> None:
     """What a step cannot do without."""
-    num_rows, num_columns = tile_shape(len(hidden), len(weight), hidden.itemsize, kernel=True)
+    num_rows, num_columns = tile_shape(len(hidden), len(weight), weight.shape[1], hidden.itemsize, kernel=True)
     with torch.no_grad():
         for rows in hidden.split(num_rows):
             total = torch.zeros_like(rows, dtype=torch.float32)
@@ -88,7 +88,7 @@ def line(path: str, num: int, vocab: int, size: int) -> dict[str, Any]:
     return {
         "path": path,
         "tokens": num,
-        "tile": tile_shape(num, vocab, hidden.itemsize, kernel=kernel),
+        "tile": tile_shape(num, vocab, size, hidden.itemsize, kernel=kernel),
         "ms": 1000 * median,
         "ms_least": 1000 * min(found),
         "ms_most": 1000 * max(found),
@@ -113,7 +113,7 @@ def sweep(num: int, vocab: int, size: int) -> list[dict[str, Any]]:
     found = []
     for rows in (1024, 2048, 4096):
         for tile in (2**24, 2**25, 2**26):
-            with patch.multiple(heads, _KERNEL_ROWS=rows, _KERNEL_TILE=tile):
+            with patch.multiple(heads, _KERNEL_ROWS=rows, _KERNEL_TILE=(tile, tile)):
                 found.append(line("kernel", num, vocab, size) | {"sweep": True})
     return found
 

@@ -215,6 +215,7 @@ class TestMemoryThatRunsOut:
             step(rows, *rest)
 
         monkeypatch.setattr(engine._steps, "run", failing)
+        monkeypatch.setattr("shoestring.samplers.graph._LOOK_EVERY", 1)
         found = engine.sample(PROMPTS, num=4, sampling=sampling, seed=3, done=lambda place, _: told.append(place))
         assert_same(found, wanted)
         assert sorted(told) == list(range(len(PROMPTS)))

@@ -168,7 +168,7 @@ def tiles_of(monkeypatch: pytest.MonkeyPatch, rows: int, size: int) -> None:
     monkeypatch.setattr(kernels, "usable", lambda *_: True)
     monkeypatch.setattr(heads, "_KEPT", 0)
     monkeypatch.setattr(heads, "_KERNEL_ROWS", rows)
-    monkeypatch.setattr(heads, "_KERNEL_TILE", size)
+    monkeypatch.setattr(heads, "_KERNEL_TILE", (size, size))
 
 
 @interpreted
@@ -211,10 +211,13 @@ def backward(hidden: Tensor, weight: Tensor, target: Tensor, entropy: bool = Fal
 
 
 def test_the_kernels_tiles() -> None:
-    assert tile_shape(8192, 151_936, 2, kernel=True) == (2048, 8192)
-    assert tile_shape(8192, 151_936, 4, kernel=True) == (2048, 4096)
-    assert tile_shape(100, 151_936, 2, kernel=True) == (100, 151_936)
-    assert tile_shape(300, 151_936, 2, kernel=True) == (300, 55_872)
+    """32 MiB of logits beside few hidden states, 64 MiB beside many, in rows of equal number."""
+    assert tile_shape(2048, 151_936, 1536, 2, kernel=True) == (2048, 8192)
+    assert tile_shape(2048, 151_936, 1024, 4, kernel=True) == (2048, 4096)
+    assert tile_shape(8192, 151_936, 1536, 2, kernel=True) == (2048, 16_384)
+    assert tile_shape(4353, 151_936, 1536, 2, kernel=True) == (1451, 18_432)
+    assert tile_shape(100, 151_936, 1536, 2, kernel=True) == (100, 151_936)
+    assert tile_shape(300, 151_936, 1536, 2, kernel=True) == (300, 55_872)
 
 
 @pytest.mark.parametrize("variant", ["plain", "entropy", "trained"])
@@ -235,16 +238,17 @@ def test_live_bytes(
         backward(hidden, weight, case.target, entropy=options.get("entropy", False))
     returned = (hidden.numel() + weight.numel() * trained) * dtype.itemsize
     promised = head_bytes(num, vocab, size, dtype.itemsize, kernel=True, **options)
-    rows, columns = tile_shape(num, vocab, dtype.itemsize, kernel=True)
+    rows, columns = tile_shape(num, vocab, size, dtype.itemsize, kernel=True)
     product = (dtype.itemsize < 4) * dtype.itemsize * size * (max(rows, columns) if trained and num > rows else rows)
     assert 0.85 * promised < live.peak - returned <= 1.05 * (promised + product)
 
 
 @pytest.mark.parametrize("size", [896, 1536, 4096])
-def test_the_kernels_take_no_more_memory_than_the_plain_path(size: int) -> None:
+def test_the_kernels_take_little_more_memory_than_the_plain_path(size: int) -> None:
+    """No more, but where hidden states take some of their own."""
     for num in (64, 1000, 2048, 8192):
         both = [head_bytes(num, 151_936, size, 2, kernel=kernel) for kernel in (True, False)]
-        assert both[0] <= 1.01 * both[1]
+        assert both[0] <= 1.01 * both[1] + 4 * size * num * (8 * size * num > 2**25)
 
 
 def test_families_with_a_transform_are_those_of_the_head() -> None:

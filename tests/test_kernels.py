@@ -86,6 +86,42 @@ def test_swiglu(dtype: torch.dtype) -> None:
     close(Fused().swiglu(x), Plain().swiglu(x))
 
 
+class Thin:
+    """A product with LoRA, all numbers at random."""
+
+    def __init__(self, outs: int, inputs: int, tail: int, bias: bool, dtype: torch.dtype):
+        self.weight = normal(outs, inputs, seed=1, dtype=dtype) * inputs**-0.5
+        self.bias = normal(outs, seed=2, dtype=dtype) if bias else None
+        self.down = normal(tail, inputs, seed=3, dtype=dtype) * inputs**-0.5
+        self.up = normal(outs, tail, seed=4, dtype=dtype) * max(tail, 1) ** -0.5
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias) + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize(("outs", "inputs", "tail", "bias"), [(96, 64, 8, False), (200, 72, 24, True)])
+def test_products_with_an_adapter(rows: int, outs: int, inputs: int, tail: int, bias: bool, dtype: torch.dtype) -> None:
+    x, product, do = normal(rows, inputs, dtype=dtype), Thin(outs, inputs, tail, bias, dtype), Fused()
+    assert do.one_kernel(x, product)
+    close(do.linear(x, product), Plain().linear(x, product))
+    wide = normal(rows, inputs + 8, dtype=dtype)[:, :inputs]
+    close(do.linear(wide, product), Plain().linear(wide, product))
+    close(do.gated(x, product), Plain().gated(x, product))
+
+
+def test_which_products_are_one_kernel() -> None:
+    x, do = normal(4, 64), Fused()
+    assert not do.one_kernel(x, Thin(96, 64, 0, False, torch.float32))
+    long = Thin(16, 4096, 8, False, torch.float32)
+    assert not do.one_kernel(normal(4, 4096), long)
+    close(do.linear(normal(4, 4096), long), long(normal(4, 4096)))
+    quantised = Thin(96, 64, 8, False, torch.float32)
+    quantised.weight = None  # type: ignore[assignment]
+    assert not do.one_kernel(x, quantised)
+
+
 def table(rows: int, width: int, vocab_size: int = 50) -> Table:
     made = Table.empty(rows, width, vocab_size, torch.device(DEVICE))
     made.uniform.copy_(torch.rand(made.uniform.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64))

@@ -376,9 +376,10 @@ def test_the_training_peak_is_within_15_per_cent_of_the_measured(dtype: str, ada
     work = replace(work, prompt=41, added=216)
     assert work.row_tokens == 256
     work = replace(work, rows=4, group=4, prompts=1, trees=True)
-    tokens = footprint.micro_tokens(work, 4)
-    assert tokens == 41 + 4 * 215
-    said = footprint.train_peak(work, tokens, on) - footprint.static(work) - footprint.gradient(work)
+    batch = footprint.micro_batch(work, 4)
+    assert (batch.nodes, batch.alone) == (41 + 4 * 215, True)
+    before = footprint.gradient(work) if work.trained.whole else 0
+    said = footprint.train_peak(work, batch, on) - footprint.static(work) - before
     assert said == pytest.approx(live_peak(policy, work, 4, on), rel=0.15)
 
 
@@ -396,7 +397,7 @@ def test_what_our_own_layers_keep(adapter: dict[str, Any], dtype: str, on: bool)
     batch = worst_batch(prompt(work.prompt), settled, 10**6, policy)
     products = policy.decoder.products  # joins the weights, which lie elsewhere then
     own = {p.untyped_storage().data_ptr() for p in policy.base.parameters()}
-    own |= {part.untyped_storage().data_ptr() for p in products for part in (p._down, p._up)}
+    own |= {part.untyped_storage().data_ptr() for p in products for part in (p.down, p.up)}
     own |= {part.untyped_storage().data_ptr() for part in batch.paths or ()}
     found: dict[int, torch.Tensor] = {}
 
@@ -407,7 +408,7 @@ def test_what_our_own_layers_keep(adapter: dict[str, Any], dtype: str, on: bool)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), policy.checkpointing(on):
         hidden = policy._selected_hidden(batch)
-    tokens = footprint.micro_tokens(work, 4)
+    tokens = footprint.micro_batch(work, 4).nodes
     selected = work.itemsize * work.shape.hidden * len(hidden)  # the last norm's input
     assert sum(x.untyped_storage().nbytes() for x in found.values()) - selected == footprint.kept(work, tokens, on)
 

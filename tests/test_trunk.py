@@ -80,31 +80,32 @@ def test_layers_below_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
     seen: list[int] = []
     real = Pass.run
-    monkeypatch.setattr(Pass, "run", lambda self, x, layers: seen.append(len(layers)) or real(self, x, layers))
     policy = upper_policy()
     groups = sampled(policy)
+    monkeypatch.setattr(Pass, "run", lambda self, x, layers: seen.append(len(layers)) or real(self, x, layers))
     gradients(policy, batches(groups))
     assert seen == [1]
     gradients(policy, batches(groups, trunk=False))
     assert seen == [1, 2, 1]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_in_bf16_it_is_off_by_no_more_than_another_micro_batch_is(seed: int) -> None:
-    """The gradient's difference to the whole path is at most 1.5 times that of the whole path to itself at another
-    size of its micro-batches. The whole path is that of transformers."""
+@pytest.mark.parametrize("seed", range(4))
+def test_in_bf16_it_is_no_further_off_than_the_whole_path(seed: int) -> None:
+    """Of the fp32 gradient, which is the truth, the whole path by transformers misses some by rounding; the cached one
+    at most 1.5 times that. (bench/trunk.py compares the two at real sizes.)"""
     policy = upper_policy(dtype=torch.bfloat16, sizes={"hidden_size": 64}, seed=seed)
     rows = rows_of(sampled(policy, num=8))
 
-    def flat(rows: list[Row], max_tokens: int = 10**6, *, trees: bool = False) -> torch.Tensor:
-        found = gradients(policy, micro_batches(rows, max_tokens, trees=trees))
+    def flat(rows: list[Row], *, trees: bool) -> torch.Tensor:
+        found = gradients(policy, micro_batches(rows, 10**6, trees=trees))
         return torch.cat([found[name].flatten() for name in sorted(found)])
 
-    whole = flat(rows)
-    noise = (flat(rows, 1) - whole).norm() / whole.norm()
-    off = (flat(rows, trees=True) - whole).norm() / whole.norm()
-    assert 1e-3 < noise < 0.1
-    assert off <= 1.5 * noise
+    cached, whole = flat(rows, trees=True), flat(rows, trees=False)
+    (policy.adapted or policy.base).float()
+    true = flat(rows, trees=False)
+    missed = (whole - true).norm() / true.norm()
+    assert 1e-3 < missed < 0.2
+    assert (cached - true).norm() / true.norm() <= 1.5 * missed
 
 
 CONFIG: dict[str, Any] = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,29 +68,42 @@ def training_rows(
 
 
 def _rows(place: int, group: Group, credit: Credit, divisor: int, with_kl: bool) -> Iterator[Row]:
-    prompt = group.prompt.token_ids
+    prompt, completions = group.prompt.token_ids, group.completions
     kl_weight = credit.weight if credit.kl_weight is None else credit.kl_weight
-    acts = (credit.advantage * credit.weight != 0) | ((kl_weight != 0) if with_kl else torch.tensor(False))
-    for index, completion in enumerate(group.completions):
-        chosen = (acts & (credit.row == index)).nonzero().flatten()
-        if not len(chosen):
+    acts = credit.advantage * credit.weight != 0
+    if with_kl:
+        acts |= kl_weight != 0
+    chosen = acts.nonzero().flatten()
+    chosen = chosen[credit.row[chosen].argsort(stable=True)]  # completion by completion
+    row, col = credit.row[chosen], credit.col[chosen]
+    lengths = torch.tensor([len(completion.token_ids) for completion in completions])
+    at = (lengths.cumsum(0) - lengths)[row] + col
+    parts = (
+        len(prompt) - 1 + col,
+        _flat([completion.token_ids for completion in completions], np.int64)[at],
+        credit.advantage[chosen],
+        credit.weight[chosen] / divisor,
+        kl_weight[chosen] / divisor,
+        _flat([completion.logprobs for completion in completions], np.float32)[at],
+    )
+    counts = torch.bincount(row, minlength=len(completions)).tolist()
+    last = torch.zeros_like(lengths).scatter_reduce(0, row, col, "amax").tolist()
+    for index, found in enumerate(zip(*(part.split(counts) for part in parts), strict=True)):
+        if not counts[index]:
             continue
-        col = credit.col[chosen]
-        ids = torch.tensor(completion.token_ids)
         yield Row(
-            problem_id=group.prompt.problem.id,
+            group.prompt.problem.id,
             # The last selected token is predicted from the one before it; what follows need not be run.
-            token_ids=prompt + completion.token_ids[: int(col.max())],
-            col=len(prompt) - 1 + col,
-            target=ids[col],
-            advantage=credit.advantage[chosen],
-            weight=credit.weight[chosen] / divisor,
-            kl_weight=kl_weight[chosen] / divisor,
-            sampler_logprob=torch.tensor(completion.logprobs)[col],
+            prompt + completions[index].token_ids[: last[index]],
+            *found,
             group=place,
             prompt_tokens=len(prompt),
-            trunk=completion.trunk,
+            trunk=completions[index].trunk,
         )
+
+
+def _flat(parts: Sequence[Sequence[float]], dtype: type) -> Tensor:
+    return torch.from_numpy(np.fromiter(chain.from_iterable(parts), dtype, sum(map(len, parts))))
 
 
 def cut_rows(rows: Iterable[Row], max_tokens: int) -> Iterator[list[Row]]:

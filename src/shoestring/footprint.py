@@ -7,11 +7,11 @@ Letters: H hidden, I intermediate, V vocabulary, d head size, e bytes of a numbe
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from shoestring.heads import head_bytes
+from shoestring.packing import rows_that_fit
 from shoestring.samplers.decoder import PRODUCTS
 from shoestring.samplers.draw import DRAW_TILE
 from shoestring.samplers.graph import FIRST_ROWS, prompts_at_once
@@ -23,8 +23,8 @@ from shoestring.shapes import FAMILIES, Shape
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 # What each 4-bit layer holds beside that: its code tables and their rounding to the allocator's blocks.
 NF4_TABLES = 2**12
-# cuBLAS' workspaces and what else lies on the card all the time: measured on an H100, less on older cards.
-WORKSPACE = 60 * 2**20
+# cuBLAS' workspace (32 MiB on an H100, less on older cards) and what else lies on the card all the time.
+WORKSPACE = 34 * 2**20
 # The fp32 and fp64 numbers that a draw makes of each logit.
 DRAW_BYTES = 24
 CONTEXT = 800 * 2**20
@@ -197,8 +197,11 @@ def prefill_tokens(work: Work, rows: int) -> int:
 
 def prefill(work: Work, rows: int) -> int:
     """Running a wave's prompts; the logits behind them are a row each."""
-    logits = 0 if work.graph else work.itemsize * work.shape.vocab * rows
-    return prefill_tokens(work, rows) * forward_token(work) + dequantised(work) + logits
+    if work.graph:
+        return prefill_tokens(work, rows) * forward_own(work) + dequantised(work)
+    return (
+        prefill_tokens(work, rows) * forward_token(work) + dequantised(work) + work.itemsize * work.shape.vocab * rows
+    )
 
 
 def decode(work: Work, rows: int) -> int:
@@ -303,9 +306,30 @@ def backward_token(work: Work) -> int:
     return max((2 if kept_already else 3) * e * shape.intermediate, scores) + e * shape.hidden
 
 
-def activations(work: Work, tokens: int, checkpointing: bool) -> int:
+class MicroBatch(NamedTuple):
+    """The largest that a step has."""
+
+    nodes: int
+    """Tokens that are run."""
+    places: int
+    """Tokens of its padded paths, which attention runs over."""
+    scored: int
+    alone: bool
+    """It holds all of the step's rows."""
+
+
+def micro_batch(work: Work, rows: int) -> MicroBatch:
+    """Of as many tokens as `rows` padded rows have, with every row at full length."""
+    if not work.trees:
+        tokens = rows * work.row_tokens
+        return MicroBatch(tokens, tokens, rows * work.added, rows >= work.rows)
+    count, nodes = rows_that_fit(rows * work.row_tokens, work.prompt, work.added - 1, work.group, work.rows)
+    return MicroBatch(nodes, count * work.row_tokens, count * work.added, count >= work.rows)
+
+
+def activations(work: Work, batch: MicroBatch, checkpointing: bool) -> int:
     """What the layers that carry gradient hold, at the worst moment of forward and backward."""
-    return kept(work, tokens, checkpointing) + on_the_way_back(work, tokens, checkpointing)
+    return kept(work, batch.nodes, checkpointing) + on_the_way_back(work, batch, checkpointing)
 
 
 def kept_own(work: Work) -> int:
@@ -315,6 +339,11 @@ def kept_own(work: Work) -> int:
     width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     inner = work.trained.rank * len(work.trained.modules - {"down_proj"})
     return work.itemsize * (2 * width + 2 * kv_width + shape.hidden + 2 * shape.intermediate + inner)
+
+
+def forward_own(work: Work) -> int:
+    """Bytes for each token of a pass through our own layers without gradient."""
+    return kept_own(work) + work.itemsize * (work.shape.intermediate + 2 * work.shape.hidden)
 
 
 def kept(work: Work, tokens: int, checkpointing: bool) -> int:
@@ -329,26 +358,26 @@ def kept(work: Work, tokens: int, checkpointing: bool) -> int:
     return per_token * tokens + adapted * _casts(work)
 
 
-def on_the_way_back(work: Work, tokens: int, checkpointing: bool) -> int:
+def on_the_way_back(work: Work, batch: MicroBatch, checkpointing: bool) -> int:
+    tokens = batch.nodes
     if work.own_layers:
-        back = back_own(work) + (kept_own(work) if checkpointing else 0)
-        return back * tokens + dequantised(work)
+        again = kept_own(work) * tokens if checkpointing else 0
+        return back_own(work, batch) + again + dequantised(work)
     back = backward_token(work) * tokens + dequantised(work)
     if checkpointing:  # one layer is there again
         back += (kept_token(work) + 2 * work.itemsize * work.shape.hidden) * tokens + _casts(work)
     return back
 
 
-def back_own(work: Work) -> int:
-    """Bytes for each token on the way back through one of our own layers: through the MLP, where gate and up are
-    overwritten, or through attention, which runs over whole paths."""
-    shape, e = work.shape, work.itemsize
+def back_own(work: Work, batch: MicroBatch) -> int:
+    """On the way back through one of our own layers: through the MLP, where gate and up are overwritten, or through
+    attention, which runs over whole paths, while they are there no more."""
+    shape = work.shape
     width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    mlp = shape.intermediate * (1 + ("down_proj" in work.trained.modules)) + 3 * shape.hidden
-    over = work.row_tokens * work.group / (work.prompt + work.group * (work.added - 1))
-    attention = 2 * shape.hidden + (width + 2 * kv_width) + over * (4 * (width + 2 * kv_width) + 2 * width)
-    freed = 2 * shape.intermediate
-    return int(e * max(mlp, attention - freed))
+    mlp = shape.intermediate * (1 + ("down_proj" in work.trained.modules)) + shape.hidden
+    beside = 2 * shape.hidden + width + 2 * kv_width - 2 * shape.intermediate
+    path = 4 * (width + 2 * kv_width) + 2 * width
+    return work.itemsize * max(mlp * batch.nodes, beside * batch.nodes + path * batch.places)
 
 
 def head(work: Work, scored: int) -> int:
@@ -360,37 +389,21 @@ def head(work: Work, scored: int) -> int:
     return own + 2 * work.itemsize * shape.hidden * scored
 
 
-def scored_tokens(work: Work, tokens: int) -> int:
-    """Of `tokens` in a micro-batch; more where prompts are run once."""
-    if not work.trees:
-        return math.ceil(tokens * work.added / work.row_tokens)
-    return math.ceil(tokens * work.group * work.added / (work.prompt + work.group * (work.added - 1)))
-
-
-def micro_tokens(work: Work, rows: int) -> int:
-    """Tokens of a micro-batch that `rows` padded rows have room for: no more than the step has."""
-    everything = work.rows * work.row_tokens
-    if work.trees:
-        everything = -(-work.rows // work.group) * work.prompt + work.rows * (work.added - 1)
-    return min(rows * work.row_tokens, everything)
-
-
-def train_peak(work: Work, tokens: int, checkpointing: bool, rows: int = 0) -> int:
-    """With micro-batches of `tokens` padded tokens, behind samplings of `rows` at once."""
+def train_peak(work: Work, batch: MicroBatch, checkpointing: bool, rows: int = 0) -> int:
+    """With micro-batches like this, behind samplings of `rows` at once."""
+    tokens, wide = batch.nodes, work.itemsize * work.shape.hidden
     below = forward_token(work) * tokens + dequantised(work)  # the layers that carry no gradient
+    behind = wide * tokens  # the last layer's output
     if work.own_layers:
-        wide = kept_own(work) + work.itemsize * (work.shape.intermediate + 2 * work.shape.hidden)
-        below = 0 if work.trunk_rows else wide * tokens + dequantised(work)
-    held_back = kept(work, tokens, checkpointing)
-    behind = work.itemsize * work.shape.hidden * tokens  # the last layer's output
+        below = 0 if work.trunk_rows else forward_own(work) * tokens + dequantised(work)
+    there = kept(work, tokens, checkpointing)
+    back = there + on_the_way_back(work, batch, checkpointing) + (0 if work.own_layers else behind)
+    before = gradient(work) * (not batch.alone or work.trained.whole)  # of micro-batches before this one
     above = max(
-        below,
-        held_back + behind + on_the_way_back(work, tokens, checkpointing),
-        held_back + behind + head(work, scored_tokens(work, tokens)),
-        work.step_temporaries,
+        before + max(below, back, there + behind + head(work, batch.scored)),
+        gradient(work) + work.step_temporaries,
     )
     dense = (
         work.itemsize * work.shape.embedding if work.trained.whole else 0
     )  # the embedding's gradient, before it is added
-    given = work.itemsize * work.shape.hidden * tokens if work.trunk_rows else 0
-    return static(work) + captured(work, rows) + gradient(work) + given + above + dense
+    return static(work) + captured(work, rows) + above + dense

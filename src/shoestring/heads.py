@@ -20,9 +20,9 @@ from shoestring import kernels
 _TILE = 2**23
 _ROWS = 1024
 _KEPT = 2**20
-# With the Triton kernels nothing but the logits themselves takes memory, so a tile has a size in bytes; twice the rows
-# halve how often the vocabulary matrix is read.
-_KERNEL_TILE = 2**25
+# With the Triton kernels nothing but the logits themselves takes memory, so a tile has a size in bytes: four times that
+# of the hidden states, which what their layers keep exceeds many times over, but within these.
+_KERNEL_TILE = (2**25, 2**26)
 _KERNEL_ROWS = 2048
 
 Head = Callable[[Tensor], Tensor]
@@ -137,11 +137,15 @@ def full_entropy(logits: Float[Tensor, "N V"], temperature: float) -> Float[Tens
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def tile_shape(num_rows: int, vocab_size: int, itemsize: int = 4, *, kernel: bool = False) -> tuple[int, int]:
-    """Rows and vocabulary columns of a tile of logits; few rows make it wide. `itemsize`, that of the logits, matters
-    to the kernels' tiles only."""
-    elements, most = (_KERNEL_TILE // itemsize, _KERNEL_ROWS) if kernel else (_TILE, _ROWS)
-    rows = min(max(num_rows, 1), most)
+def tile_shape(
+    num_rows: int, vocab_size: int, hidden_size: int = 0, itemsize: int = 4, *, kernel: bool = False
+) -> tuple[int, int]:
+    """Rows and vocabulary columns of a tile of logits; few rows make it wide. `hidden_size` and `itemsize`, that of the
+    logits, matter to the kernels' tiles only."""
+    elements, rows = _TILE, min(max(num_rows, 1), _ROWS)
+    if kernel:
+        elements = min(max(4 * num_rows * hidden_size, _KERNEL_TILE[0] // itemsize), _KERNEL_TILE[1] // itemsize)
+        rows = -(-max(num_rows, 1) // -(-max(num_rows, 1) // _KERNEL_ROWS))
     columns = max(elements // rows, 1)
     if columns > 64:
         columns -= columns % 64  # odd strides keep matrix products off the tensor cores
@@ -166,7 +170,7 @@ def head_bytes(
     """
     if num_rows * vocab_size <= _KEPT:
         return (16 + 8 * entropy + itemsize * post) * num_rows * vocab_size + 32 * num_rows
-    rows, columns = tile_shape(num_rows, vocab_size, itemsize, kernel=kernel)
+    rows, columns = tile_shape(num_rows, vocab_size, hidden_size, itemsize, kernel=kernel)
     tile, vectors = rows * columns, 4 * num_rows * (4 + 2 * entropy) + 40 * rows
     several = num_rows > rows and not frozen
     if kernel:
@@ -261,7 +265,7 @@ class _SelectedLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, how: _How
     ) -> tuple[Tensor, Tensor | None]:
-        tile = tile_shape(len(hidden), len(weight), how.dtype.itemsize, kernel=how.kernel)
+        tile = tile_shape(len(hidden), len(weight), hidden.shape[1], how.dtype.itemsize, kernel=how.kernel)
         logprob = hidden.new_empty(len(hidden), dtype=_wide_dtype(hidden))
         log_z = torch.empty_like(logprob)
         entropy = torch.empty_like(logprob) if how.entropy else None

@@ -7,7 +7,7 @@ Nothing but LoRA matrices gets a gradient. The way through transformers is the r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,12 @@ from shoestring.types import Paths
 _SHORT = 128
 
 
+class Cache(Protocol):
+    def take(self, keys: Tensor, values: Tensor) -> None:
+        """The next layer's, [R, kv heads, L, D]."""
+        ...
+
+
 class Pass(NamedTuple):
     """What the layers of one forward pass share."""
 
@@ -28,8 +34,10 @@ class Pass(NamedTuple):
     paths: Paths
     adapted: bool
     """With the adapter, or as the reference."""
-    recompute: bool
+    recompute: bool = False
     """Keep the input of each layer only."""
+    cache: Cache | None = None
+    """Takes the keys and values of each layer."""
 
     def run(self, x: Tensor, layers: Sequence[Layer]) -> Tensor:
         """The residual stream, [T, H], behind these layers."""
@@ -55,10 +63,16 @@ class Pass(NamedTuple):
         turned = _Rotate.apply(qkv, self)
         spread = turned.index_select(0, self.paths.nodes.flatten()).view(rows, longest, -1, heads.head_dim)  # type: ignore[union-attr]
         q, k, v = (part.transpose(1, 2) for part in spread.split(counts, 2))
-        if qkv.device.type == "cpu" and longest <= _SHORT:
+        if self.cache is not None:
+            self.cache.take(k, v)
+        grouped = heads.heads != heads.kv_heads
+        if layer.window is not None and layer.window < longest:
+            seen = torch.ones(longest, longest, dtype=torch.bool, device=q.device).tril_().triu_(1 - layer.window)
+            found = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+        elif qkv.device.type == "cpu" and longest <= _SHORT:
             found = _short_attention(q, k, v)
         else:
-            found = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads.heads != heads.kv_heads)
+            found = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         return found.transpose(1, 2).reshape(rows * longest, -1).index_select(0, self.paths.place)
 
 

@@ -152,15 +152,17 @@ def capped(device: torch.device, budget: int | None) -> Iterator[None]:
         warnings.simplefilter("ignore", FutureWarning)
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     torch.cuda.empty_cache()
-    share = 1.0 if budget is None else min(max(budget - _PAGE, 0) / total_bytes(device), 1.0)
+    before = torch.cuda.get_per_process_memory_fraction(index)
+    share = before if budget is None else min(max(budget - _PAGE, 0) / total_bytes(device), before)
     torch.cuda.set_per_process_memory_fraction(share, index)
     try:
         # Steps can be captured on any stream but the default one, and a second stream would have a second workspace.
         with torch.cuda.stream(_run_stream(index)):
+            torch.cuda.current_blas_handle()  # takes its workspace now: it stays, so it should lie below all else
             yield
     finally:
         torch.cuda.synchronize(index)
-        torch.cuda.set_per_process_memory_fraction(1.0, index)
+        torch.cuda.set_per_process_memory_fraction(before, index)
 
 
 @cache

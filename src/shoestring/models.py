@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from shoestring.errors import ConfigError
+from shoestring.memory import give_back
 from shoestring.settings import Settings
 
 if TYPE_CHECKING:
@@ -195,8 +196,8 @@ def _without_plans_for_each_length() -> None:
 def quantise(model: PreTrainedModel, device: torch.device) -> None:
     """Puts the matrices of the decoder layers on `device` as NF4 with double quantisation (arXiv 2305.14314).
 
-    One after the other: beside the 4-bit weights the device never holds more than one whole matrix, which the loader of
-    transformers does not promise.
+    One after the other: the device never holds more than one whole matrix, which the loader of transformers does not
+    promise. The 4-bit weights wait on the host, so that they lie there without holes in the end.
     """
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
     from torch import nn
@@ -216,7 +217,9 @@ def quantise(model: PreTrainedModel, device: torch.device) -> None:
             small.bias = linear.bias
             # Else it lays weights out for the CPU's inference kernel, from which no gradient comes back.
             small.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            setattr(parent, name, small.to(device))
+            setattr(parent, name, small.to(device).to("cpu"))
+    give_back(device)
+    layers.to(device)
     model.is_loaded_in_4bit = True  # type: ignore[attr-defined]  # by which PEFT knows
 
 

@@ -117,7 +117,7 @@ def update(
         unscale(parameters, _scale(policy))
         if objective.l2:
             penalty = l2_loss(parameters, objective.l2)
-            penalty.backward()
+            take_gradient(penalty)
             loss += penalty.item()
         norm = float(clip_gradient(parameters, max_grad_norm))
         if not (math.isfinite(norm) and math.isfinite(loss)):
@@ -163,10 +163,17 @@ def backward(
         if before is None:
             before = old[index] = logprob.detach()
         found = objective_loss(logprob, before, reference, batch, objective)
-        (found.loss * _scale(policy)).backward()
+        take_gradient(found.loss * _scale(policy))
     gap = (logprob.detach() - batch.sampler_logprob).abs().sum()
     sums = (found.loss.detach(), found.kl, found.clipped, gap, found.importance, found.capped)
     return torch.stack([part.to(policy.device, torch.float32) for part in sums])
+
+
+def take_gradient(loss: Tensor) -> None:
+    """Adds the loss's gradient to the parameters', on this thread: one of autograd's own would have a cuBLAS workspace
+    of its own, 32 MiB on an H100."""
+    with torch.autograd.set_multithreading_enabled(False):
+        loss.backward()
 
 
 def _scale(policy: Policy) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +22,8 @@ from shoestring.types import Batch, Paths
 # Families whose attention transformers lets us take the place of, with keys and queries as they are.
 TREE_MODELS = ("qwen2", "qwen3", "llama", "mistral", "smollm3", "olmo2", "gemma", "phi3", "granite", "cohere")
 _NAME = "shoestring-paths"
-# What a place of a path costs beside a node of the tree: attention alone, about an eighth of a layer.
-_PATH_SHARE = 8
+# What a place of a path takes beside a node of the tree: it is there while one layer attends, a node in each layer.
+_PATH_SHARE = 32
 
 
 def cut_tree(rows: Sequence[Row], max_tokens: int) -> Iterator[list[Row]]:
@@ -45,41 +46,56 @@ def cost(nodes: int, places: int) -> int:
     """What a tree of so many nodes, with so many places in its padded paths, takes: in padded tokens.
 
     >>> cost(nodes=400, places=480)
-    410
+    402
     """
     return nodes + max(places - nodes, 0) // _PATH_SHARE
+
+
+def rows_that_fit(max_tokens: int, prompt: int, own: int, group: int, most: int) -> tuple[int, int]:
+    """Of full-length rows that share no more than their group's prompt, how many `cut_tree` puts together, and the
+    nodes of their tree. A row has `prompt` tokens and `own` ones behind them.
+
+    >>> rows_that_fit(1200, prompt=100, own=100, group=4, most=64)
+    (9, 1200)
+    """
+    rows = nodes = 0
+    while rows < most:
+        fresh = own + (0 if rows % group else prompt)
+        if rows and cost(nodes + fresh, (rows + 1) * (prompt + own)) > max_tokens:
+            break
+        rows, nodes = rows + 1, nodes + fresh
+    return rows, nodes
 
 
 def pack_rows(rows: Sequence[Row]) -> Batch:
     """The rows' tree as a micro-batch, input_ids [1, T]. Rows of a group must stand in the order of their tokens."""
     longest = max(len(row.token_ids) for row in rows)
-    paths = torch.zeros(len(rows), longest, dtype=torch.int64)
+    paths = np.zeros((len(rows), longest), dtype=np.int64)
     ids: list[int] = []
-    places: list[Tensor] = []
+    places: list[np.ndarray] = []
     trunk: list[Tensor] = []
     for index, row in enumerate(rows):
         length, start = len(row.token_ids), len(ids)
         shared = _shared(rows[index - 1], row) if index else 0
         if shared:
             paths[index, :shared] = paths[index - 1, :shared]
-        paths[index, shared:length] = torch.arange(start, start + length - shared)
-        paths[index, length:] = start + length - shared - 1 if length > shared else paths[index, length - 1]
+        paths[index, shared:length] = np.arange(start, start + length - shared)
+        paths[index, length:] = paths[index, length - 1]
         ids.extend(row.token_ids[shared:])
-        places.append(torch.arange(shared, length) + index * longest)
+        places.append(np.arange(index * longest + shared, index * longest + length))
         trunk += _trunk_of(row, shared)
-    counts = torch.tensor([len(row.col) for row in rows])
-    owner = torch.repeat_interleave(torch.arange(len(rows)), counts)
-    place = torch.cat(places)
+    owner = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(row.col) for row in rows]))
+    place = torch.from_numpy(np.concatenate(places))
 
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(row, name) for row in rows])
 
     return Batch(
-        torch.tensor(ids)[None],
+        torch.from_numpy(np.array(ids))[None],
         owner,
         *(joined(name) for name in ("col", "target", "advantage", "weight", "kl_weight", "sampler_logprob")),
         problem_ids=tuple(row.problem_id for row in rows),
-        paths=Paths(paths, place, place % longest),
+        paths=Paths(torch.from_numpy(paths), place, place % longest),
         trunk=tuple(trunk) if all(row.trunk is not None for row in rows) else (),
     )
 

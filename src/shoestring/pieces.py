@@ -79,7 +79,12 @@ class Snapshot:
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    """Copies; those from a GPU are on their way, in the order of its stream."""
+    pinned = any(tensor.is_cuda for tensor in tensors.values())
+    made = {name: torch.empty_like(tensor, device="cpu", pin_memory=pinned) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        made[name].copy_(tensor.detach(), non_blocking=True)
+    return made
 
 
 def train_in_pieces(
@@ -134,6 +139,9 @@ def rehearse(
 
     def attempt(max_tokens: int) -> None:
         batch = worst_batch(prompt, config, max_tokens, policy, trunk_layer)
+        if len(batch.problem_ids) < config.sampling.num_prompts * config.sampling.num_completions:
+            for parameter in policy.trained().values():  # as from the micro-batches before
+                parameter.grad = torch.zeros_like(parameter)
         backward(policy, [batch], 0, [None], config.objective, config.sampling.temperature, pieces.checkpointing)
         for parameter in policy.trained().values():
             if parameter.grad is not None:

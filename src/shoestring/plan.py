@@ -232,8 +232,8 @@ def _peak(work: Work, sizes: Sizes) -> int:
 
 
 def _train_peak(work: Work, sizes: Sizes) -> int:
-    tokens = footprint.micro_tokens(work, sizes.micro_rows)
-    return footprint.train_peak(work, tokens, sizes.checkpointing, sizes.wave_rows)
+    batch = footprint.micro_batch(work, sizes.micro_rows)
+    return footprint.train_peak(work, batch, sizes.checkpointing, sizes.wave_rows)
 
 
 def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None) -> Sizes:
@@ -326,8 +326,7 @@ def _least_budget(config: RunConfig, work: Work) -> int:
 
 def _phases(work: Work, sizes: Sizes) -> tuple[Phase, ...]:
     """The parts. The two peaks are of what is held at the same time; the context is not in them."""
-    tokens = footprint.micro_tokens(work, sizes.micro_rows)
-    scored = footprint.scored_tokens(work, tokens)
+    batch = footprint.micro_batch(work, sizes.micro_rows)
     return tuple(
         Phase(name, int(count))
         for name, count in (
@@ -338,9 +337,9 @@ def _phases(work: Work, sizes: Sizes) -> tuple[Phase, ...]:
             ("KV cache", footprint.kv_cache(work, sizes.wave_rows)),
             ("prefill", footprint.prefill(work, sizes.wave_rows)),
             ("decode", footprint.decode(work, sizes.wave_rows)),
-            ("log-prob and reference pass", footprint.forward_token(work) * tokens),
-            ("training activations", footprint.activations(work, tokens, sizes.checkpointing)),
-            ("head", footprint.head(work, scored)),
+            ("log-prob and reference pass", footprint.forward_token(work) * batch.nodes),
+            ("training activations", footprint.activations(work, batch, sizes.checkpointing)),
+            ("head", footprint.head(work, batch.scored)),
             ("peak while sampling", footprint.sample_peak(work, sizes.wave_rows)),
             ("peak while training", _train_peak(work, sizes)),
             ("context", footprint.CONTEXT if work.gpu else 0),

@@ -207,16 +207,11 @@ class Policy:
 
     def prefill(self, input_ids: Tensor, last: Tensor, cache: Any) -> Tensor:
         """Runs right-padded prompts, [P, L], into `cache`; the logits, [P, V], at each row's `last` place."""
-        if self._post is None:
-            row = torch.arange(len(last), device=last.device)
-            return self.base(input_ids=input_ids, past_key_values=cache, use_cache=True).logits[row, last]
-        return self._logits_of(self.prefill_hidden(input_ids, last, cache))
-
-    def prefill_hidden(self, input_ids: Tensor, last: Tensor, cache: Any) -> Tensor:
-        """As `prefill`, but what the vocabulary matrix is given there, [P, H]."""
         row = torch.arange(len(last), device=last.device)
+        if self._post is None:
+            return self.base(input_ids=input_ids, past_key_values=cache, use_cache=True).logits[row, last]
         output = self.base.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True)
-        return output.last_hidden_state[row, last]
+        return self._logits_of(output.last_hidden_state[row, last])
 
     def decode_step(self, input_ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
         """Logits, [B, V], behind one more token a row, [B, 1]; `mask`, [B, S], says which cache slots are real."""

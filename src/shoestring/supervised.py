@@ -24,7 +24,14 @@ from shoestring.config import ExecutionSettings, OptimSettings, named_model
 from shoestring.environment import command
 from shoestring.errors import ConfigError, DataError
 from shoestring.models import ModelSettings
-from shoestring.optim import build_optimizer, check_optimizer, clip_gradient, learning_rate, set_learning_rate
+from shoestring.optim import (
+    build_optimizer,
+    check_optimizer,
+    clip_gradient,
+    learning_rate,
+    set_learning_rate,
+    take_gradient,
+)
 from shoestring.policy import Policy, load_policy, to_device
 from shoestring.settings import Settings, build, pick
 from shoestring.tasks import TASKS
@@ -166,7 +173,7 @@ def _backward(policy: Policy, config: SftConfig, rows: list[Row]) -> float:
             with torch.autocast(policy.device.type, torch.bfloat16, enabled=half):
                 logprob = policy.logprobs(batch)
             loss = -(batch.weight * logprob).sum() / tokens
-            loss.backward()
+            take_gradient(loss)
         total += loss.item()
     return total
 

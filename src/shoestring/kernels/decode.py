@@ -38,6 +38,48 @@ def add_norm(x, y, weight, out, x_stride, y_stride, width, eps, ADD: tl.constexp
 
 
 @triton.jit
+def product(
+    x, weight, bias, down, up, out, rows, outs, inputs, tail, x_stride,
+    BIAS: tl.constexpr, RANK: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x weight^T + bias + (x down^T) up^T, [rows, outs]; GATED: silu of such a one times another, whose weights, bias
+    and `up` lie `outs` rows behind. RANK, 16 or more, is a power of 2 of `tail` or above it."""
+    n, m = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r, k = tl.arange(0, RANK), tl.arange(0, BLOCK_K)
+    dtype: tl.constexpr = out.dtype.element_ty
+    exact: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"  # pyright: ignore[reportAssignmentType]
+    xs = x + m[:, None] * x_stride + k[None, :]
+    ws = weight + n[None, :] * inputs + k[:, None]
+    ds = down + r[None, :] * inputs + k[:, None]
+    found = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    more = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    inner = tl.zeros((BLOCK_M, RANK), tl.float32)
+    for start in range(0, inputs, BLOCK_K):
+        left = inputs - start
+        given = tl.load(xs + start, (m[:, None] < rows) & (k[None, :] < left), 0.0)
+        real = (n[None, :] < outs) & (k[:, None] < left)
+        found = tl.dot(given, tl.load(ws + start, real, 0.0), found, input_precision=exact)
+        if GATED:
+            more = tl.dot(given, tl.load(ws + outs * inputs + start, real, 0.0), more, input_precision=exact)
+        thin = tl.load(ds + start, (r[None, :] < tail) & (k[:, None] < left), 0.0)
+        inner = tl.dot(given, thin, inner, input_precision=exact)
+    us = up + n[None, :] * tail + r[:, None]
+    real = (n[None, :] < outs) & (r[:, None] < tail)
+    found = tl.dot(inner.to(dtype), tl.load(us, real, 0.0), found, input_precision=exact)
+    if BIAS:
+        found += tl.load(bias + n, n < outs, 0.0).to(tl.float32)[None, :]
+    if GATED:
+        more = tl.dot(inner.to(dtype), tl.load(us + outs * tail, real, 0.0), more, input_precision=exact)
+        if BIAS:
+            more += tl.load(bias + outs + n, n < outs, 0.0).to(tl.float32)[None, :]
+        gate = found.to(dtype).to(tl.float32)
+        active = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+        found = active * more.to(dtype).to(tl.float32)
+    tl.store(out + m[:, None] * outs + n[None, :], found.to(dtype), (m[:, None] < rows) & (n[None, :] < outs))
+
+
+@triton.jit
 def swiglu(gate_up, out, stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

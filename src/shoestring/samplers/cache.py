@@ -87,30 +87,6 @@ class SlotCache(Cache):
             layer.span, layer.length = None, length
 
 
-class PromptCache(Cache):
-    """Takes the keys and values of right-padded prompts, one pass, to the places in `keys` that each has: keys and
-    values [2, L, places, kv heads, slots, head size]."""
-
-    def __init__(self, keys: Tensor, places: Sequence[int]):
-        where = torch.tensor(places, device=keys.device)
-        super().__init__(layers=[_PromptLayer(keys[:, layer], where) for layer in range(keys.shape[1])])
-
-
-class _PromptLayer(DynamicLayer):
-    def __init__(self, keys: Tensor, where: Tensor):
-        super().__init__()
-        self._into, self._where = keys, where
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        length = key_states.shape[2]
-        self._into[0, self._where, :, :length] = key_states
-        self._into[1, self._where, :, :length] = value_states
-        return key_states, value_states  # a prompt sees itself only
-
-    def get_seq_length(self) -> int:
-        return 0
-
-
 def padding_mask(lengths: Tensor, slots: int) -> Tensor | None:
     """Which of the prompt slots are real, [rows, slots] (1 or 0); None where all are."""
     padding = slots - lengths

@@ -114,20 +114,20 @@ class Product:
     def __init__(self, modules: Sequence[Any], dtype: torch.dtype):
         self._linears = [_base(module) for module in modules]
         self.outs = sum(linear.out_features for linear in self._linears)
-        self._weight = self._bias = None
+        self.weight = self.bias = None
         if all(type(linear) is nn.Linear for linear in self._linears):
             biases = [linear.bias for linear in self._linears]
-            self._weight = _joined([linear.weight for linear in self._linears])
-            self._bias = _joined(biases) if all(bias is not None for bias in biases) else None
+            self.weight = _joined([linear.weight for linear in self._linears])
+            self.bias = _joined(biases) if all(bias is not None for bias in biases) else None
         ranks = sum(len(thin.down) for module in modules if (thin := _thin(module)) is not None)
         self._tail = -(-ranks // _ALIGNED) * _ALIGNED
         options: dict[str, Any] = {"dtype": dtype, "device": self._linears[0].weight.device}
-        self._down = torch.zeros(self._tail, self._linears[0].in_features, **options)
-        self._up = torch.zeros(self.outs, self._tail, **options)
+        self.down = torch.zeros(self._tail, self._linears[0].in_features, **options)
+        self.up = torch.zeros(self.outs, self._tail, **options)
         self._parts = self._cut(modules)
 
     def _cut(self, modules: Sequence[Any]) -> list[tuple[Tensor, nn.Parameter, Tensor, nn.Parameter, float]]:
-        """Where each adapter's A and B go: (rows of `_down`, A, block of `_up`, B, scaling)."""
+        """Where each adapter's A and B go: (rows of `down`, A, block of `up`, B, scaling)."""
         parts, out, rank = [], 0, 0
         self._blocks: list[tuple[slice, slice, float]] = []
         for module in modules:
@@ -136,7 +136,7 @@ class Product:
             if thin is not None:
                 ranks = slice(rank, rank + len(thin.down))
                 self._blocks.append((slice(out, out + size), ranks, thin.scaling))
-                parts.append((self._down[ranks], thin.down, self._up[out : out + size, ranks], thin.up, thin.scaling))
+                parts.append((self.down[ranks], thin.down, self.up[out : out + size, ranks], thin.up, thin.scaling))
                 rank += len(thin.down)
             out += size
         return parts
@@ -146,32 +146,30 @@ class Product:
         return self._parts
 
     @property
-    def intact(self) -> bool:
-        """Whether the model's weights still lie in the joined storage: `.to()` and `deepcopy` part them."""
-        for whole, name in ((self._weight, "weight"), (self._bias, "bias")):
-            parts = [getattr(linear, name) for linear in self._linears]
-            if whole is not None and not (parts[0].data_ptr() == whole.data_ptr() and _follow(parts)):
-                return False
-        return True
+    def weights(self) -> list[tuple[dict[str, Any], str, nn.Parameter, int]]:
+        """What lies joined: the owner's parameters, the name there, the parameter and its address."""
+        joined = [name for name, whole in (("weight", self.weight), ("bias", self.bias)) if whole is not None]
+        found = [(linear._parameters, name) for linear in self._linears for name in joined]
+        return [(owner, name, owner[name], owner[name].data_ptr()) for owner, name in found]
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.run(x)[0]
 
     def run(self, x: Tensor, *, adapted: bool = True) -> tuple[Tensor, Tensor | None]:
         """The product, and what A gave, [B, tail], if there is an adapter; without it on request."""
-        if self._weight is not None:
-            found = F.linear(x, self._weight, self._bias)
+        if self.weight is not None:
+            found = F.linear(x, self.weight, self.bias)
         else:
             several = [linear(x) for linear in self._linears]
             found = torch.cat(several, -1) if len(several) > 1 else several[0]
         if not (self._tail and adapted):
             return found, None
         inner = self.inner(x)
-        return found.addmm_(inner, self._up.T), inner
+        return found.addmm_(inner, self.up.T), inner
 
     def inner(self, x: Tensor) -> Tensor:
         """What A gives, [B, tail]."""
-        return F.linear(x, self._down)
+        return F.linear(x, self.down)
 
     def back(
         self, grad: Tensor, x: Tensor, inner: Tensor | None, *, through: bool = True
@@ -181,19 +179,21 @@ class Product:
         found = self._back_through(grad) if through else None
         if inner is None:
             return found, []
-        pulled = grad @ self._up
-        of_down, of_up = pulled.T @ x, grad.T @ inner
+        pulled = grad @ self.up
+        of_down, of_up = _in_fp32(pulled.T, x), _in_fp32(grad.T, inner)
         if found is not None:
-            found.addmm_(pulled, self._down)
-        grads: list[Tensor] = []
-        for out, rank, scaling in self._blocks:
-            grads += [of_down[rank].float(), of_up[out, rank].float() * scaling]
-        return found, grads
+            found.addmm_(pulled, self.down)
+        if len({scaling for *_, scaling in self._blocks}) == 1:
+            of_up.mul_(self._blocks[0][2])
+        else:
+            for out, rank, scaling in self._blocks:
+                of_up[out, rank].mul_(scaling)
+        return found, [part for out, rank, _ in self._blocks for part in (of_down[rank], of_up[out, rank])]
 
     def _back_through(self, grad: Tensor) -> Tensor:
         """[B, in], through the base weights."""
-        if self._weight is not None:
-            return grad @ self._weight
+        if self.weight is not None:
+            return grad @ self.weight
         from bitsandbytes.functional import dequantize_4bit
 
         total: Tensor | None = None
@@ -203,6 +203,13 @@ class Product:
             del weight  # one at a time
         assert total is not None
         return total
+
+
+def _in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, as the product adds it up."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
 
 
 def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
@@ -287,6 +294,8 @@ class Decoder:
         self._head = base.lm_head
         self.layers = [self._layer(layer, index, config) for index, layer in enumerate(model.layers)]
         self.hidden_size, self.vocab_size = config.hidden_size, len(self._head.weight)
+        self._weights = [weight for product in self.products for weight in product.weights]
+        self._adapters = [list(part) for part in zip(*(p for x in self.products for p in x.parts), strict=True)]
         self.sync()
 
     def _layer(self, layer: Any, index: int, config: Any) -> Layer:
@@ -310,17 +319,17 @@ class Decoder:
         return [p for layer in self.layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
 
     def intact(self) -> bool:
-        return all(product.intact for product in self.products)
+        """Whether the model's weights still lie in the joined storages: `.to()` and `deepcopy` part them."""
+        return all(owner[name] is weight and weight.data_ptr() == at for owner, name, weight, at in self._weights)
 
     @torch.no_grad()
     def sync(self) -> None:
         """Takes over the adapter's weights as they are now."""
-        parts = [part for product in self.products for part in product.parts]
-        if not parts:
+        if not self._adapters:
             return
-        down, a, up, b, scaling = map(list, zip(*parts, strict=True))
-        torch._foreach_copy_(down, [p.data for p in a])  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_copy_(up, [p.data for p in b])  # pyright: ignore[reportPrivateImportUsage]
+        down, a, up, b, scaling = self._adapters
+        torch._foreach_copy_(down, a)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(up, b)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_mul_(up, scaling)  # pyright: ignore[reportPrivateImportUsage]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -343,10 +352,10 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             if index == trunk_layer:
                 do.keep(x, rows, table)
-            q = do.place(layer.qkv(normed), rows, table, index, self.heads, layer.head_norms)
-            found = layer.out(do.attend(q, rows, table, index, self.heads, layer.window))
+            q = do.place(do.linear(normed, layer.qkv), rows, table, index, self.heads, layer.head_norms)
+            found = do.linear(do.attend(q, rows, table, index, self.heads, layer.window), layer.out)
             normed = do.add_norm(x, found, layer.second_norm, eps)
-            found = layer.down(do.swiglu(layer.gate_up(normed)))
+            found = do.linear(do.gated(normed, layer.gate_up), layer.down)
             following = self.layers[index + 1].first_norm if index + 1 < len(self.layers) else self.last_norm
             normed = do.add_norm(x, found, following, eps)
         return normed

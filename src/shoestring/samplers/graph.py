@@ -5,23 +5,23 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 
 from shoestring.errors import ConfigError
 from shoestring.memory import is_out_of_memory, shrinking
 from shoestring.samplers.base import Sampling, Told
 from shoestring.samplers.decoder import unsupported
 from shoestring.samplers.draw import noise
-from shoestring.samplers.hf import PREFILL_SHARE, HfEngine, added_tokens, no_room, prompt_chunks, right_padded
+from shoestring.samplers.hf import PREFILL_SHARE, HfEngine, added_tokens, no_room, prompt_chunks
 from shoestring.samplers.operations import COLUMNS, DONE, LENGTH, LIMIT, PROMPT, PROMPT_LENGTH, SLOT, Keys, Table
 from shoestring.settings import Settings
-from shoestring.types import Completion, Prompt, Trunk
+from shoestring.types import Completion, Paths, Prompt, Trunk
 
 if TYPE_CHECKING:
     from shoestring.policy import Policy
@@ -361,34 +361,22 @@ class _Wave:
 
     def _prefill(self, fresh: Sequence[int]) -> None:
         """Runs new prompts into the cache, and keeps what their first tokens are drawn from."""
-        from shoestring.samplers.cache import PromptCache
+        from shoestring.layers import Pass
 
         assert self._table.keys is not None
+        decoder, split = self._decoder, self._trunk_layer or 0
         for used in prompt_chunks(self._prompts, fresh, self._chunk_tokens):
             places = [self._place[p] for p in used]
-            cache = PromptCache(self._table.keys.prompt, places)
-            ids, last = right_padded(self._policy, self._prompts, used)
-            with self._kept(used):
-                found = self._policy.prefill_hidden(ids, last, cache)
-            self._first_hidden[torch.tensor(places, device=found.device)] = found
-
-    @contextmanager
-    def _kept(self, used: Sequence[int]) -> Iterator[None]:
-        """Keeps what enters the trunk's layer of these prompts, [P, H] each."""
-        if self._trunk_layer is None:
-            yield
-            return
-
-        def take(module: object, given: tuple[torch.Tensor, ...]) -> None:
-            for index, p in enumerate(used):
-                self._trunks[p] = given[0][index, : len(self._prompts[p].token_ids)].clone()
-
-        model: Any = self._policy.base.base_model
-        handle = model.layers[self._trunk_layer].register_forward_pre_hook(take)
-        try:
-            yield
-        finally:
-            handle.remove()
+            prompts = [self._prompts[p].token_ids for p in used]
+            paths, ends = side_by_side([len(ids) for ids in prompts], self._policy.device)
+            how = Pass(decoder, paths, adapted=True, cache=_Prompts(self._table.keys.prompt, places))
+            tokens = torch.tensor([token for ids in prompts for token in ids], device=self._policy.device)
+            x = how.run(F.embedding(tokens, decoder.embedding), decoder.layers[:split])
+            if self._trunk_layer is not None:
+                own = (part.clone() for part in x.split([len(ids) for ids in prompts]))
+                self._trunks.update(zip(used, own, strict=True))
+            x = how.run(x, decoder.layers[split:])
+            self._first_hidden[torch.tensor(places, device=x.device)] = how.last_norm(x[ends])
 
     def _trunk(self, row: int, length: int) -> Trunk | None:
         """A completion's, without a copy."""
@@ -429,6 +417,30 @@ class _Wave:
             )
             made = [_completion(tokens[g], logprobs[g], lengths[row], ends) for g, row in enumerate(rows)]
             take(p, tuple(replace(c, trunk=self._trunk(row, lengths[row])) for c, row in zip(made, rows, strict=True)))
+
+
+class _Prompts:
+    """The places of some prompts in the cache, [2, L, prompts, kv heads, slots, D], filled layer by layer."""
+
+    def __init__(self, keys: torch.Tensor, places: Sequence[int]):
+        self._keys, self._places, self._layer = keys, torch.tensor(places, device=keys.device), 0
+
+    def take(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        for kind, given in enumerate((keys, values)):
+            self._keys[kind, self._layer].narrow(2, 0, given.shape[2])[self._places] = given
+        self._layer += 1
+
+
+def side_by_side(lengths: Sequence[int], device: torch.device) -> tuple[Paths, torch.Tensor]:
+    """Rows of these lengths as paths that share nothing, and the last node of each, [R]."""
+    ends = torch.tensor(lengths).cumsum(0)
+    longest = max(lengths)
+    within = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
+    starts = ends - torch.tensor(lengths)
+    nodes = torch.minimum(starts[:, None] + torch.arange(longest), ends[:, None] - 1)
+    place = within.flatten().nonzero().flatten()
+    parts = (nodes, place, place % longest)
+    return Paths(*(part.to(device) for part in parts)), (ends - 1).to(device)
 
 
 def prompts_at_once(rows: int, prompts: int, num: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,17 @@ from shoestring.samplers.draw import draw
 SLOT, LENGTH, PROMPT, PROMPT_LENGTH, LIMIT, DONE, TOKEN, COLUMNS = range(8)
 # Logits that one program of the draw looks at.
 _DRAW_BLOCK = 4096
+# Products with LoRA are one kernel up to so many rows, and up to sizes that differ for few rows and for more: where it
+# proved faster than three of cuBLAS, on an H100 with ranks of 16.
+_FEW_ROWS, _MOST_ROWS = 64, 512
+
+
+class _Largest(NamedTuple):
+    weights: int
+    inputs: int
+
+
+_LARGEST = (_Largest(2**25, 5_000), _Largest(2**23, 2_048))
 
 
 @dataclass
@@ -97,6 +108,20 @@ class Heads:
     eps: float
 
 
+class Product(Protocol):
+    """One product for the linear modules that share an input, with LoRA beside it."""
+
+    weight: Tensor | None
+    """[outs, inputs]; None where it is not one tensor of numbers, as in 4 bits."""
+    bias: Tensor | None
+    down: Tensor
+    """[tail, inputs]: the A matrices, and zeros up to a multiple of 8."""
+    up: Tensor
+    """[outs, tail]: the B matrices, scaled, each in its own block."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
 class Operations(Protocol):
     """The two of them."""
 
@@ -121,6 +146,14 @@ class Operations(Protocol):
 
     def attend(self, q: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, window: int | None) -> Tensor:
         """Attention of each row's query over its prompt and its own tokens: [B, heads D]."""
+        ...
+
+    def linear(self, x: Tensor, product: Product) -> Tensor:
+        """The product of [B, inputs], with its adapter: [B, outs]."""
+        ...
+
+    def gated(self, x: Tensor, product: Product) -> Tensor:
+        """`swiglu` of the product of gate and up: [B, I] of [B, H]."""
         ...
 
     def norm_back(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor) -> Tensor:
@@ -231,6 +264,12 @@ class Plain:
         weights = scores.masked_fill_(step.unseen(window), -torch.inf).softmax(-1, dtype=_wide_dtype(q)).to(q.dtype)
         before, after = weights.split([step.wide, step.deep], -1)
         return (before @ values + after @ own_values).flatten(1)
+
+    def linear(self, x: Tensor, product: Product) -> Tensor:
+        return product(x)
+
+    def gated(self, x: Tensor, product: Product) -> Tensor:
+        return self.swiglu(product(x))
 
     def norm_back(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor) -> Tensor:
         wide, pulled = _wide(x), _wide(grad) * _wide(weight)
@@ -368,6 +407,35 @@ class Fused:
         longest = table.tokens.shape[1] // block + 2
         return max(min(self._programs // max(programs, 1), longest, 16), 1)
 
+    def linear(self, x: Tensor, product: Product) -> Tensor:
+        return self._product(x, product) if self.one_kernel(x, product) else product(x)
+
+    def gated(self, x: Tensor, product: Product) -> Tensor:
+        return self._product(x, product, gated=True) if self.one_kernel(x, product) else self.swiglu(product(x))
+
+    def one_kernel(self, x: Tensor, product: Product) -> bool:
+        """Whether base product, A and B are better one kernel than three: beside a large weight or for a long sum,
+        cuBLAS is faster."""
+        if product.weight is None or not len(product.down):
+            return False
+        (outs, inputs), most = product.weight.shape, _LARGEST[len(x) > _FEW_ROWS]
+        return len(x) <= _MOST_ROWS and outs * inputs <= most.weights and inputs <= most.inputs
+
+    def _product(self, x: Tensor, product: Product, *, gated: bool = False) -> Tensor:
+        weight, down, bias = product.weight, product.down, product.bias
+        assert weight is not None
+        (outs, inputs), rows = weight.shape, len(x)
+        outs = outs // 2 if gated else outs
+        out = x.new_empty(rows, outs)
+        block_m = min(max(_power(rows), 16), 64)
+        block_n, block_k, stages = _blocks(rows, outs, x.element_size())
+        kernels().product[(-(-outs // block_n), -(-rows // block_m))](
+            x, weight, bias if bias is not None else weight, down, product.up, out, rows, outs, inputs, len(down),
+            x.stride(0), BIAS=bias is not None, RANK=max(_power(len(down)), 16), GATED=gated,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4, num_stages=stages,
+        )  # fmt: skip
+        return out
+
     def norm_back(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor) -> Tensor:
         out = torch.empty_like(x)
         count, width = x.shape
@@ -431,6 +499,16 @@ class Fused:
             table.tokens.stride(0),
             num_warps=1,
         )
+
+
+def _blocks(rows: int, outs: int, itemsize: int) -> tuple[int, int, int]:
+    """Columns and terms that a program of `product` takes at once, and how many such steps it loads ahead: small ones
+    where there would be too few programs, as measured on an H100."""
+    if itemsize == 4:
+        return 32, 32, 2
+    if rows > _FEW_ROWS:
+        return 32, 128, 3
+    return (16, 128, 4) if outs <= 16 * 160 else (64, 64, 4)
 
 
 def _power(count: int) -> int:
