@@ -25,7 +25,7 @@ from shoestring.supervised import SftConfig
 from shoestring.tasks import TASKS, gym
 from tiny import TINY
 
-COMMANDS = ["train", "eval", "sample", "sft", "merge", "list", "env"]
+COMMANDS = ["train", "eval", "sweep", "sample", "sft", "merge", "list", "env"]
 SMALL = ["steps=2", "sampling.num_prompts=2", "sampling.num_completions=3", "sampling.max_new_tokens=16", "out=run"]
 
 
@@ -491,6 +491,7 @@ def test_a_mistake_is_told_before_the_heavy_imports() -> None:
         ["list"],
         ["tarin"],
         ["sft", "epoch=1"],
+        ["sweep", "--over", "optim.lr=1,-1"],
         ["eval", "tiny"],
         ["eval", "./nowhere", "--task", "multiplication"],
         ["eval", "tiny", "--task", "multiplication", "--split", "exam"],

@@ -124,7 +124,9 @@ def evaluate(
     from shoestring.overlap import overlap
 
     target, overrides = _split(arguments)
-    settings = EvalSettings(split, num, _ints(k), samples, temperature, max_new_tokens or 256, 1.0, seed, batch_rows)
+    settings = EvalSettings(
+        split, num, _ints(k, "k"), samples, temperature, max_new_tokens or 256, 1.0, seed, batch_rows
+    )
     several = settings.num_samples > 1
     settings = replace(settings, allow_truncated_prompts=allow_truncated_prompts, greedy=several)
     settings.check()
@@ -146,6 +148,38 @@ def evaluate(
         _print_evaluation(values)
         if shared:
             print(f"Overlap: {shared.describe()}.")
+
+
+@app.command()
+def sweep(
+    arguments: Overrides = None,
+    over: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE,VALUE,... to run with each value; several: each combination.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="As in 0,1,2; default: the recipe's own.")] = None,
+    out: Annotated[str, typer.Option(help="The folder of the runs and of sweep.json.")] = "runs/sweep",
+    split: Annotated[str | None, typer.Option(help="What judges; default: the runs' own evaluation problems.")] = None,
+    num: Annotated[int | None, typer.Option(help="Problems, the first of the split.")] = None,
+) -> None:
+    """Train over values and seeds, and compare: [RECIPE] [KEY=VALUE ...] --over KEY=VALUE,VALUE --seeds 0,1,2.
+
+    Runs that are done are not repeated, and others go on where they were; so the same command resumes a sweep.
+    """
+    from shoestring import sweep as sweeps
+    from shoestring.trials import trials
+
+    recipe, overrides = _split(arguments)
+    if num is not None and num < 1:
+        raise ConfigError(f"num is {num}", "it counts problems", "use 1 or more")
+    chosen = trials(recipe, overrides, over or [], _ints(seeds, "seeds") if seeds else None, out, split, num)
+    failed, stopped = sweeps.carry_out(chosen, lambda text: print(text, flush=True))
+    found = sweeps.summary(chosen, failed)
+    path = Path(out) / "sweep.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    _print_sweep(found, list(chosen[0].swept) or ["method"])
+    print(f"rows: {path}")
+    if stopped or failed:
+        raise SystemExit(128 + stopped if stopped else 1)
 
 
 @app.command()
@@ -260,11 +294,13 @@ def _split(arguments: list[str] | None) -> tuple[str | None, list[str]]:
     return first, given
 
 
-def _ints(text: str) -> tuple[int, ...]:
+def _ints(text: str, name: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f'k is "{text}"', "it is no list of whole numbers", "write one, such as 1,4,16") from None
+        raise ConfigError(
+            f'{name} is "{text}"', "it is no list of whole numbers", "write one, such as 1,4,16"
+        ) from None
 
 
 class _Asked(NamedTuple):
@@ -382,6 +418,35 @@ def _print_evaluation(values: dict[str, Any]) -> None:
             table.add_row(f"{name}@{key}", f"{value:.1%}", f"{low:.1%} to {high:.1%}")
     table.add_row("cut off", f"{values['truncated']:.1%}", "")
     Console(soft_wrap=False).print(table)
+
+
+def _print_sweep(found: dict[str, Any], swept: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    tasks = dict.fromkeys(f"{row['task']}, {row['split']}" for row in found["rows"])
+    table = Table(title=f"Greedy accuracy on {'; '.join(tasks)}" if tasks else "No run is done")
+    for heading in (*swept, "accuracy", "95 % interval", "before", "seeds", "tokens trained", "peak GiB", "seconds"):
+        table.add_column(heading, justify="left" if heading in swept else "right")
+    for means in found["combinations"]:
+        table.add_row(
+            *(str(means[key]) for key in swept),
+            f"{means['accuracy']:.1%}",
+            "{:.1%} to {:.1%}".format(*means["interval"]) if means["interval"] else "single seed",
+            f"{means['base_accuracy']:.1%}",
+            " ".join(map(str, means["seeds"])),
+            f"{means['tokens_trained']:,.0f} of {means['tokens_sampled']:,.0f}",
+            f"{means['peak_allocated_gib']:.2f}",
+            f"{means['seconds']:.0f}",
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print("Means over seeds, with Student's t; intervals over the problems are in the rows.")
+    if any(row["chosen_on"] == row["split"] for row in found["rows"]):
+        print("Checkpoints were chosen on these very problems, which flatters them: --split test judges by others.")
+    if any((row["overlap"] or {}).get("shared") for row in found["rows"]):
+        print("Some of these problems are training problems too: see overlap in the rows.")
+    for label, why in found["failed"].items():
+        print(f"FAILED (the same command tries again): {label}: {why}")
 
 
 def main() -> None:
