@@ -99,6 +99,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "optim.lrr=1e-4"], 'did you mean "lr"'),
     (["train", "stepz=3"], 'did you mean "steps"'),
     (["train", "task.digitz=[2, 2]"], 'did you mean "digits"'),
+    (["train", "runs/a=b"], "there is no such setting"),
+    (["eval", "runs/a=b"], "there is no such setting"),
     (["train", "algorithm.name=s-gpro"], 'did you mean "s-grpo"'),
     (["train", "nowhere.toml"], "there is no such file"),
     (["train", "bad.toml"], "it is not TOML"),
@@ -466,9 +468,9 @@ def test_training_problems_are_evaluated_only_by_name_and_found_in_other_splits(
         "shared": 2,
         "sample": "",
     }
-    assert "Overlap: 2 of 3 problems are training problems too, such as " in shell.fine("eval", "run")
+    assert "Overlap: 2 of 3 problems with the text of a training problem, such as " in shell.fine("eval", "run")
     done = shell("train", "--quiet", *SMALL[:-1], "task.name=file:data", "eval_every=2", "evaluation.split=test")
-    assert "Evaluations: 2 of 3 problems are training problems too, such as data-" in done.err
+    assert "Evaluations: 2 of 3 problems with the text of a training problem, such as data-" in done.err
 
 
 # --- the process itself ---------------------------------------------------------------------------------------------

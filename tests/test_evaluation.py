@@ -170,7 +170,7 @@ def test_overlap_is_of_texts_but_for_case_and_space(tmp_path: Path) -> None:
     found = overlap(task.problems("test"), task)
     assert found is not None
     assert (found.problems, found.shared, found.sample) == (4, 2, "test-1: what is 2 - 1?")
-    assert overlap([Problem("a", "What is 9 - 8?", "1")], task).describe().startswith("none of 1 ")  # type: ignore[union-attr]
+    assert overlap([Problem("a", "What is 9 - 8?", "1")], task).describe().startswith("0 of 1 ")  # type: ignore[union-attr]
     assert overlap(task.problems("test"), File(name="file:nowhere")) is None
     assert overlap(task.problems("test"), Multiplication()) is None
     (tmp_path / "train.jsonl").unlink()

@@ -22,10 +22,10 @@ class Overlap:
     def describe(self) -> str:
         """
         >>> Overlap(300, 2, "q-7: What is 2*3?").describe()
-        '2 of 300 problems are training problems too, such as q-7: What is 2*3?'
+        '2 of 300 problems with the text of a training problem, such as q-7: What is 2*3?'
         """
         sample = f", such as {self.sample}" if self.sample else ""
-        return f"{self.shared or 'none'} of {self.problems} problems are training problems too{sample}"
+        return f"{self.shared} of {self.problems} problems with the text of a training problem{sample}"
 
 
 def overlap(problems: Sequence[Problem], trained_on: Task) -> Overlap | None:

@@ -27,7 +27,16 @@ class Trial:
 
     @property
     def label(self) -> str:
-        return " ".join(f"{key}={value}" for key, value in {**self.swept, "seed": self.config.seed}.items())
+        return " ".join(f"{key}={value}" for key, value in self._values.items())
+
+    @property
+    def name(self) -> str:
+        """The label as the name of a folder that can be given as an argument."""
+        return ",".join(f"{key}-{_plain(value)}" for key, value in self._values.items())
+
+    @property
+    def _values(self) -> dict[str, Any]:
+        return {**self.swept, "seed": self.config.seed}
 
     @property
     def folder(self) -> Path:
@@ -99,9 +108,7 @@ def trials(
         if other is not trial:
             given = f"the sweep holds {other.label} and {trial.label}"
             raise ConfigError(given, "they are one and the same run", "leave one of them out")
-    placed = [
-        replace(t, config=t.config.model_copy(update={"out": f"{out}/{_file_name(t.label)}"})) for t in found.values()
-    ]
+    placed = [replace(t, config=t.config.model_copy(update={"out": f"{out}/{t.name}"})) for t in found.values()]
     _check(placed)
     return placed
 
@@ -146,10 +153,11 @@ def all_but_out(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(exclude={"out"})
 
 
-def _file_name(label: str) -> str:
+def _plain(value: Any) -> str:
     """
-    >>> _file_name("optim.lr=1e-05 seed=0"), _file_name("model.name=a/b seed=0")
-    ('optim.lr=1e-05,seed=0', 'model.name=a-b,seed=0-3f088f')
+    >>> _plain(1e-05), _plain("t-spmo"), _plain("runs/sft model")
+    ('1e-05', 't-spmo', 'runs-sft-model-5ac41b')
     """
-    plain = re.sub(r"[^\w.=,+-]+", "-", label.replace(" ", ","))[:150]
-    return plain if plain == label.replace(" ", ",") else f"{plain}-{stable_hash(label) % 16**6:06x}"
+    text = str(value)
+    plain = re.sub(r"[^\w.+-]+", "-", text)[:40]
+    return plain if plain == text else f"{plain}-{stable_hash(text) % 16**6:06x}"
