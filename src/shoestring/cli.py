@@ -176,7 +176,12 @@ def sweep(
     found = sweeps.summary(chosen, failed)
     path = Path(out) / "sweep.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    _print_sweep(found, list(chosen[0].swept) or ["method"])
+    if found["rows"]:
+        _print_sweep(found, list(chosen[0].swept) or ["method"])
+    for label, why in failed.items():
+        print(f"FAILED: {label}: {why}")
+    if stopped or failed:
+        print(f"{len(found['rows'])} of {len(chosen)} runs are done; the same command goes on.")
     print(f"rows: {path}")
     if stopped or failed:
         raise SystemExit(128 + stopped if stopped else 1)
@@ -425,7 +430,7 @@ def _print_sweep(found: dict[str, Any], swept: list[str]) -> None:
     from rich.table import Table
 
     tasks = dict.fromkeys(f"{row['task']}, {row['split']}" for row in found["rows"])
-    table = Table(title=f"Greedy accuracy on {'; '.join(tasks)}" if tasks else "No run is done")
+    table = Table(title=f"Greedy accuracy on {'; '.join(tasks)}")
     for heading in (*swept, "accuracy", "95 % interval", "before", "seeds", "tokens trained", "peak GiB", "seconds"):
         table.add_column(heading, justify="left" if heading in swept else "right")
     for means in found["combinations"]:
@@ -445,8 +450,6 @@ def _print_sweep(found: dict[str, Any], swept: list[str]) -> None:
         print("Checkpoints were chosen on these very problems, which flatters them: --split test judges by others.")
     if any((row["overlap"] or {}).get("shared") for row in found["rows"]):
         print("Some of these problems are training problems too: see overlap in the rows.")
-    for label, why in found["failed"].items():
-        print(f"FAILED (the same command tries again): {label}: {why}")
 
 
 def main() -> None:
