@@ -25,7 +25,7 @@ from shoestring.supervised import SftConfig
 from shoestring.tasks import TASKS, gym
 from tiny import TINY
 
-COMMANDS = ["train", "eval", "sample", "sft", "merge", "list", "env"]
+COMMANDS = ["train", "eval", "sweep", "sample", "sft", "merge", "list", "env"]
 SMALL = ["steps=2", "sampling.num_prompts=2", "sampling.num_completions=3", "sampling.max_new_tokens=16", "out=run"]
 
 
@@ -99,6 +99,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "optim.lrr=1e-4"], 'did you mean "lr"'),
     (["train", "stepz=3"], 'did you mean "steps"'),
     (["train", "task.digitz=[2, 2]"], 'did you mean "digits"'),
+    (["train", "runs/a=b"], "there is no such setting"),
+    (["eval", "runs/a=b"], "there is no such setting"),
     (["train", "algorithm.name=s-gpro"], 'did you mean "s-grpo"'),
     (["train", "nowhere.toml"], "there is no such file"),
     (["train", "bad.toml"], "it is not TOML"),
@@ -363,8 +365,13 @@ def test_eval_without_any_argument_is_the_default_model_on_the_default_task(shel
 def test_eval_prints_a_table_with_intervals(shell: Shell) -> None:
     options = ["--task", "multiplication", "--num", "10", "--max-new-tokens", "16"]
     text = " ".join(shell.fine("eval", "tiny", *options, "--k", "1,2").split())
-    for part in ("10 problems", "accuracy", "pass@2", "maj@2", "95 % interval"):
+    for part in ("10 problems", "greedy accuracy", "pass@2", "maj@2", "95 % interval"):
         assert part in text
+    values = figures(shell.fine("eval", "tiny", *options, "--k", "1,2", "--json", "--details", "both.json"))
+    alone = figures(shell.fine("eval", "tiny", *options, "--json", "--details", "greedy.json"))
+    assert values["greedy"] == {key: alone[key] for key in ("accuracy", "low", "high", "truncated", "tokens")}
+    both, greedy = (json.loads(Path(f"{name}.json").read_text()) for name in ("both", "greedy"))
+    assert both["greedy_outcomes"] == greedy["outcomes"]
 
 
 def test_sample_prints_questions_references_and_scored_answers(shell: Shell, run_folder: Path) -> None:
@@ -446,6 +453,26 @@ def test_a_run_on_rows_of_ones_own_is_evaluated_on_them(shell: Shell) -> None:
     assert "test, train" in done.err
 
 
+def test_training_problems_are_evaluated_only_by_name_and_found_in_other_splits(shell: Shell) -> None:
+    rows = [json.dumps({"prompt": f"{a}*3=", "answer": str(3 * a)}) for a in range(10, 30)]
+    Path("data").mkdir()
+    Path("data/train.jsonl").write_text("\n".join(rows))
+    shell.fine("train", "--quiet", *SMALL, "task.name=file:data")
+    done = shell("eval", "run")
+    assert (done.code, done.out) == (2, "")
+    assert "ask by name for what there is: eval --split train" in done.err
+    assert figures(shell.fine("eval", "run", "--split", "train", "--json"))["overlap"]["shared"] == 20
+    Path("data/test.jsonl").write_text("\n".join([*rows[4:6], '{"prompt": "99*3=", "answer": "297"}']))
+    assert figures(shell.fine("eval", "run", "--json"))["overlap"] | {"sample": ""} == {
+        "problems": 3,
+        "shared": 2,
+        "sample": "",
+    }
+    assert "Overlap: 2 of 3 problems with the text of a training problem, such as " in shell.fine("eval", "run")
+    done = shell("train", "--quiet", *SMALL[:-1], "task.name=file:data", "eval_every=2", "evaluation.split=test")
+    assert "Evaluations: 2 of 3 problems with the text of a training problem, such as data-" in done.err
+
+
 # --- the process itself ---------------------------------------------------------------------------------------------
 
 
@@ -466,6 +493,7 @@ def test_a_mistake_is_told_before_the_heavy_imports() -> None:
         ["list"],
         ["tarin"],
         ["sft", "epoch=1"],
+        ["sweep", "--over", "optim.lr=1,-1"],
         ["eval", "tiny"],
         ["eval", "./nowhere", "--task", "multiplication"],
         ["eval", "tiny", "--task", "multiplication", "--split", "exam"],

@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -116,27 +116,75 @@ def evaluate(
         str | None, typer.Option(help="Write how often each problem was solved to this JSON file.")
     ] = None,
 ) -> None:
-    """Accuracy, pass@k and maj@k of a run or model, with 95 % intervals."""
-    from shoestring.evaluation import EvalSettings
+    """Accuracy, pass@k and maj@k of a run or model, with 95 % intervals.
+
+    With several completions of a problem the greedy accuracy stands beside them.
+    """
+    from shoestring.evaluation import EvalSettings, first_problems
+    from shoestring.overlap import overlap
 
     target, overrides = _split(arguments)
-    settings = EvalSettings(split, num, _ints(k), samples, temperature, max_new_tokens or 256, 1.0, seed, batch_rows)
-    settings = replace(settings, allow_truncated_prompts=allow_truncated_prompts)
+    settings = EvalSettings(
+        split, num, _ints(k, "k"), samples, temperature, max_new_tokens or 256, 1.0, seed, batch_rows
+    )
+    several = settings.num_samples > 1
+    settings = replace(settings, allow_truncated_prompts=allow_truncated_prompts, greedy=several)
     settings.check()
     if details and not Path(details).absolute().parent.is_dir():
         raise ConfigError(f"--details is {details}", "its folder is not there", "give a file in a folder that is")
-    chosen, model, tokens = _target(target, task, overrides)
+    chosen, model, tokens, trained_on = _target(target, task, overrides)
     if max_new_tokens is None and tokens is not None:
         settings = replace(settings, max_new_tokens=tokens)
-    chosen.problems(split)  # a wrong split or missing data is reported before the model loads
+    problems = first_problems(chosen, split, num)  # a wrong split or missing data is reported before the model loads
+    shared = overlap(problems, trained_on)
     found = _evaluated(_policy(model), chosen, settings, show=not as_json)
-    values = {"model": model.name, **found.as_json()}
+    values = {"model": model.name, **found.as_json(), "overlap": vars(shared) if shared else None}
     if details:
-        Path(details).write_text(json.dumps({**values, "outcomes": found.outcomes}, indent=1), encoding="utf-8")
+        outcomes = {"outcomes": found.outcomes, **({"greedy_outcomes": found.greedy.outcomes} if found.greedy else {})}
+        Path(details).write_text(json.dumps({**values, **outcomes}, indent=1), encoding="utf-8")
     if as_json:
         print(json.dumps(values))
     else:
         _print_evaluation(values)
+        if shared:
+            print(f"Overlap: {shared.describe()}.")
+
+
+@app.command()
+def sweep(
+    arguments: Overrides = None,
+    over: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE,VALUE,... to run with each value; several: each combination.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="As in 0,1,2; default: the recipe's own.")] = None,
+    out: Annotated[str, typer.Option(help="The folder of the runs and of sweep.json.")] = "runs/sweep",
+    split: Annotated[str | None, typer.Option(help="What judges; default: the runs' own evaluation problems.")] = None,
+    num: Annotated[int | None, typer.Option(help="Problems, the first of the split.")] = None,
+) -> None:
+    """Train over values and seeds, and compare: [RECIPE] [KEY=VALUE ...] --over KEY=VALUE,VALUE --seeds 0,1,2.
+
+    Runs that are done are not repeated, and others go on where they were; so the same command resumes a sweep.
+    """
+    from shoestring import sweep as sweeps
+    from shoestring.trials import trials
+
+    recipe, overrides = _split(arguments)
+    if num is not None and num < 1:
+        raise ConfigError(f"num is {num}", "it counts problems", "use 1 or more")
+    chosen = trials(recipe, overrides, over or [], _ints(seeds, "seeds") if seeds else None, out, split, num)
+    failed, stopped = sweeps.carry_out(chosen, lambda text: print(text, flush=True))
+    found = sweeps.summary(chosen, failed)
+    path = Path(out) / "sweep.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if found["rows"]:
+        _print_sweep(found, list(chosen[0].swept) or ["method"])
+    for label, why in failed.items():
+        print(f"FAILED: {label}: {why}")
+    if stopped or failed:
+        print(f"{len(found['rows'])} of {len(chosen)} runs are done; the same command goes on.")
+    print(f"rows: {path}")
+    if stopped or failed:
+        raise SystemExit(128 + stopped if stopped else 1)
 
 
 @app.command()
@@ -154,7 +202,7 @@ def sample(
 ) -> None:
     """Print what a run or model answers."""
     target, overrides = _split(arguments)
-    chosen, model, tokens = _target(target, task, overrides)
+    chosen, model, tokens, _ = _target(target, task, overrides)
 
     from shoestring.rollout import encode, roll_out
     from shoestring.samplers import SAMPLERS, Sampling
@@ -251,15 +299,25 @@ def _split(arguments: list[str] | None) -> tuple[str | None, list[str]]:
     return first, given
 
 
-def _ints(text: str) -> tuple[int, ...]:
+def _ints(text: str, name: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f'k is "{text}"', "it is no list of whole numbers", "write one, such as 1,4,16") from None
+        raise ConfigError(
+            f'{name} is "{text}"', "it is no list of whole numbers", "write one, such as 1,4,16"
+        ) from None
 
 
-def _target(target: str | None, task: str | None, overrides: list[str]) -> tuple[Task, ModelSettings, int | None]:
-    """The task, the model and the limit on new tokens that a run's folder or a model name stand for."""
+class _Asked(NamedTuple):
+    task: Task
+    model: ModelSettings
+    max_new_tokens: int | None
+    trained_on: Task
+
+
+def _target(target: str | None, task: str | None, overrides: list[str]) -> _Asked:
+    """The task, the model and the limit on new tokens that a run's folder or a model name stand for, and the task whose
+    training problems it has seen (for a model that is no run of ours: the task itself)."""
     from shoestring import config as configs
     from shoestring import models, runs
     from shoestring.settings import build, pick
@@ -281,7 +339,9 @@ def _target(target: str | None, task: str | None, overrides: list[str]) -> tuple
         known = override.startswith(("task.", "model."))
         tables = configs.overridden(tables, override if known else f"task.{override}")
     model = build(models.ModelSettings, tables["model"], "model")
-    return pick(TASKS, "task", tables["task"]), model, saved.get("sampling", {}).get("max_new_tokens")
+    asked = pick(TASKS, "task", tables["task"])
+    trained_on = pick(TASKS, "task", saved["task"]) if "task" in saved else asked
+    return _Asked(asked, model, saved.get("sampling", {}).get("max_new_tokens"), trained_on)
 
 
 def _policy(model: ModelSettings) -> Policy:
@@ -347,19 +407,49 @@ def _print_evaluation(values: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    kind = "greedy" if values["temperature"] == 0 else f"temperature {values['temperature']:g}"
+    kind = f"{values['samples']} completions each, " if values["samples"] > 1 else ""
+    kind += "greedy" if values["temperature"] == 0 else f"temperature {values['temperature']:g}"
     table = Table(
         title=f"{values['model']} on {values['task']}, {values['split']}: {values['problems']} problems, {kind}"
     )
     for heading in ("figure", "value", "95 % interval"):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
-    table.add_row("accuracy", f"{values['accuracy']:.1%}", f"{values['low']:.1%} to {values['high']:.1%}")
+    for name, part in (("greedy accuracy", values.get("greedy")), ("accuracy", values)):
+        if part:
+            table.add_row(name, f"{part['accuracy']:.1%}", f"{part['low']:.1%} to {part['high']:.1%}")
     for name in ("pass", "maj"):
         for key, value in values[f"{name}_at_k"].items() if values["samples"] > 1 else ():
             low, high = values[f"{name}_at_k_interval"][key]
             table.add_row(f"{name}@{key}", f"{value:.1%}", f"{low:.1%} to {high:.1%}")
     table.add_row("cut off", f"{values['truncated']:.1%}", "")
     Console(soft_wrap=False).print(table)
+
+
+def _print_sweep(found: dict[str, Any], swept: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    tasks = dict.fromkeys(f"{row['task']}, {row['split']}" for row in found["rows"])
+    table = Table(title=f"Greedy accuracy on {'; '.join(tasks)}")
+    for heading in (*swept, "accuracy", "95 % interval", "before", "seeds", "tokens trained", "peak GiB", "seconds"):
+        table.add_column(heading, justify="left" if heading in swept else "right")
+    for means in found["combinations"]:
+        table.add_row(
+            *(str(means[key]) for key in swept),
+            f"{means['accuracy']:.1%}",
+            "{:.1%} to {:.1%}".format(*means["interval"]) if means["interval"] else "single seed",
+            f"{means['base_accuracy']:.1%}",
+            " ".join(map(str, means["seeds"])),
+            f"{means['tokens_trained']:,.0f} of {means['tokens_sampled']:,.0f}",
+            f"{means['peak_allocated_gib']:.2f}",
+            f"{means['seconds']:.0f}",
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print("Means over seeds, with Student's t; intervals over the problems are in the rows.")
+    if any(row["chosen_on"] == row["split"] for row in found["rows"]):
+        print("Checkpoints were chosen on these very problems, which flatters them: --split test judges by others.")
+    if any((row["overlap"] or {}).get("shared") for row in found["rows"]):
+        print("Some of these problems are training problems too: see overlap in the rows.")
 
 
 def main() -> None:

@@ -266,7 +266,7 @@ def overridden(values: Mapping[str, Any], text: str) -> dict[str, Any]:
         if not isinstance(inner, dict):
             raise ConfigError(f'the override is "{text}"', f"{part} is not a table", "write a key of a table")
         table = inner
-    value = _value(raw.strip())
+    value = parsed(raw.strip())
     fresh = last == "name" and len(parents) == 1 and parents != ["optim"]  # the optimizers share their settings
     if fresh and table.get("name", DEFAULTS.get(parents[0], value)) != value:
         table.clear()
@@ -274,7 +274,8 @@ def overridden(values: Mapping[str, Any], text: str) -> dict[str, Any]:
     return changed
 
 
-def _value(raw: str) -> Any:
+def parsed(raw: str) -> Any:
+    """The value that a text stands for in TOML; what is not TOML is the text itself."""
     try:
         return tomllib.loads(f"x = {raw}")["x"]
     except tomllib.TOMLDecodeError:
@@ -289,7 +290,7 @@ def dump(config: Settings) -> str:
 def _table(values: dict[str, Any], path: str) -> str:
     plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
     tables = {key: value for key, value in values.items() if isinstance(value, dict) and value}
-    text = "".join(f"{_key(key)} = {_literal(value)}\n" for key, value in plain.items())
+    text = "".join(f"{_key(key)} = {literal(value)}\n" for key, value in plain.items())
     for key, value in tables.items():
         name = f"{path}{_key(key)}"
         text += f"\n[{name}]\n{_table(value, name + '.')}"
@@ -300,14 +301,14 @@ def _key(key: str) -> str:
     return key if key.replace("_", "a").replace("-", "a").isalnum() and key.isascii() else json.dumps(key)
 
 
-def _literal(value: Any) -> str:
-    """A TOML value. JSON's strings and numbers are TOML's too."""
+def literal(value: Any) -> str:
+    """A value as TOML writes it. JSON's strings and numbers are TOML's too."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return "[" + ", ".join(_literal(item) for item in value) + "]"
+        return "[" + ", ".join(literal(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_key(key)} = {_literal(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_key(key)} = {literal(item)}" for key, item in value.items()) + "}"
     return json.dumps(value)
 
 

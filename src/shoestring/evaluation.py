@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from shoestring.types import Problem
 
 _Z95 = 1.959963984540054
 _RESAMPLES = 2_000
+_GREEDY = ("accuracy", "low", "high", "truncated", "tokens")
 
 Interval = tuple[float, float]
 
@@ -39,6 +41,8 @@ class EvalSettings:
     batch_rows: int = 256
     """Completions sampled at once."""
     allow_truncated_prompts: bool = False
+    greedy: bool = False
+    """Beside sampled completions, the accuracy of one greedy completion of each problem."""
 
     @property
     def num_samples(self) -> int:
@@ -93,6 +97,8 @@ class Evaluation:
     """Share of completions that were cut off."""
     tokens: int
     outcomes: dict[str, int]
+    greedy: Evaluation | None = None
+    """The same problems with one greedy completion each, where that was asked for beside sampled ones."""
 
     def as_json(self) -> dict[str, Any]:
         """The figures for `--json`: k as text, values and intervals apart."""
@@ -111,6 +117,7 @@ class Evaluation:
             "temperature": self.temperature,
             "truncated": self.truncated,
             "tokens": self.tokens,
+            **({"greedy": {key: getattr(self.greedy, key) for key in _GREEDY}} if self.greedy else {}),
         }
 
 
@@ -123,8 +130,11 @@ def evaluate(
 ) -> Evaluation:
     """Samples every problem of the split (or its first `num`) and scores the texts with the task itself."""
     settings.check()
-    split = task.problems(settings.split)
-    problems = [split[i] for i in range(min(settings.num or len(split), len(split)))]
+    if settings.greedy and settings.settled_temperature > 0:
+        one_each = replace(settings, ks=(1,), samples=1, temperature=0.0)
+        greedy = evaluate(policy, engine, task, one_each, progress)
+        return replace(evaluate(policy, engine, task, replace(settings, greedy=False), progress), greedy=greedy)
+    problems = first_problems(task, settings.split, settings.num)
     prompts, _ = encode(
         policy, task, problems, settings.max_new_tokens, allow_truncated=settings.allow_truncated_prompts
     )
@@ -139,6 +149,12 @@ def evaluate(
         rollouts += roll_out(policy, engine, chunk, num=settings.num_samples, sampling=sampling, seed=seed, first=start)
         progress(len(rollouts), len(prompts))
     return summarise(task, problems, rollouts, settings)
+
+
+def first_problems(task: Task, split: str, num: int | None = None) -> list[Problem]:
+    """The first `num` problems of a split (None: all), as far as there are so many."""
+    problems = task.problems(split)
+    return [problems[i] for i in range(min(num or len(problems), len(problems)))]
 
 
 def summarise(
@@ -225,6 +241,44 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
     picks = torch.randint(len(data), (_RESAMPLES, len(data)), generator=generator)
     low, high = data[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def t_interval(values: Sequence[float]) -> Interval | None:
+    """The 95 % interval of the mean of runs, by Student's t; None for a single run.
+
+    >>> [round(x, 4) for x in t_interval([0.90, 0.92, 0.94])]
+    [0.8703, 0.9697]
+    """
+    if len(values) < 2:
+        return None
+    mean = statistics.mean(values)
+    half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def t_quantile(degrees: int) -> float:
+    """What 95 % of the draws of Student's t stay within, by bisection.
+
+    >>> [round(t_quantile(degrees), 3) for degrees in (1, 2, 4, 10)]
+    [12.706, 4.303, 2.776, 2.228]
+    """
+    low, high = 1.0, 13.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, degrees) < 0.95 else (low, middle)
+    return low
+
+
+def _within(t: float, degrees: int) -> float:
+    """P(|T| < t) for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    odd = degrees % 2
+    term, total = math.cos(angle) ** odd, 0.0
+    for power in range(odd, degrees - 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
+    share = math.sin(angle) * total
+    return 2 / math.pi * (angle + share) if odd else share
 
 
 def paired(before: dict[str, int], after: dict[str, int]) -> tuple[float, Interval]:

@@ -19,10 +19,11 @@ from shoestring.clock import Clock
 from shoestring.config import RunConfig
 from shoestring.environment import command
 from shoestring.errors import NonFiniteError, ShoestringError
-from shoestring.evaluation import EvalSettings, evaluate
+from shoestring.evaluation import EvalSettings, evaluate, first_problems
 from shoestring.memory import capped, give_back
 from shoestring.models import check_quantisation, pick_device
 from shoestring.optim import UpdateReport, build_optimizer, check_optimizer, learning_rate, set_learning_rate
+from shoestring.overlap import overlap
 from shoestring.pieces import HalfAStep, train_in_pieces
 from shoestring.plan import Plan
 from shoestring.policy import Policy
@@ -166,6 +167,10 @@ def _open(
         folder, config, problems, fresh, scoring, policy, engine, optimizer, reporter, plan, state.step, trunk_layer
     )
     reporter.say(describe(config, policy, folder, state))
+    if config.eval_every:
+        shared = overlap(first_problems(config.task, config.evaluation.split, config.evaluation.num), config.task)
+        if shared and shared.shared:
+            reporter.warn(f"Evaluations: {shared.describe()}.")
     if plan is not None:
         reporter.say(budgets.describe(plan))
     if why_none:

@@ -50,7 +50,8 @@ def as_config_error(error: ValidationError, cls: type[BaseModel], where: str = "
     """The first fault that pydantic found, in three parts."""
     fault = error.errors(include_url=False)[0]
     path = [str(part) for part in fault["loc"]]
-    path = path[: next((i for i, part in enumerate(path) if not part.isidentifier()), None)]  # no tags of unions
+    tag = next((i for i, part in enumerate(path) if i and not part.isidentifier()), None)
+    path = path[:tag]  # no tags of unions
     name = ".".join(([where] if where else []) + path) or cls.__name__
     if fault["type"] == "extra_forbidden":
         return ConfigError(f'"{name}" is set', "there is no such setting", nearest(path[-1], _fields(cls, path[:-1])))

@@ -65,7 +65,9 @@ class File(Checked):
         raise DataError(
             f'task.name is "{self.name}"',
             f'there is no "{split}" part (found: {", ".join(sorted(files)) or "none"})',
-            f"add a file {split}.jsonl" + (", or set task.validation" if split == "validation" else ""),
+            f"add a file {split}.jsonl"
+            + (", or set task.validation" if split == "validation" else "")
+            + (f", or ask by name for what there is: eval --split {min(files)}" if split == "test" and files else ""),
         )
 
     def _problem(self, row: Row, index: int, source: str) -> Problem:
