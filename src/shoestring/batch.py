@@ -66,28 +66,37 @@ def training_rows(
 
 
 def _rows(place: int, group: Group, credit: Credit, divisor: int, with_kl: bool) -> Iterator[Row]:
-    prompt = group.prompt.token_ids
+    prompt, completions = group.prompt.token_ids, group.completions
     kl_weight = credit.weight if credit.kl_weight is None else credit.kl_weight
     acts = (credit.advantage * credit.weight != 0) | ((kl_weight != 0) if with_kl else torch.tensor(False))
-    for index, completion in enumerate(group.completions):
-        chosen = (acts & (credit.row == index)).nonzero().flatten()
-        if not len(chosen):
+    chosen = acts.nonzero().flatten()
+    chosen = chosen[credit.row[chosen].argsort(stable=True)]
+    row, col = credit.row[chosen], credit.col[chosen]
+    counts = row.bincount(minlength=len(completions))
+    last = torch.zeros_like(counts).scatter_reduce(0, row, col, "amax").tolist()
+    start = torch.tensor([0, *(len(c.token_ids) for c in completions)]).cumsum(0)[row]
+    ids = torch.tensor([token for c in completions for token in c.token_ids])
+    logprobs = torch.tensor([value for c in completions for value in c.logprobs])
+    parts = (
+        len(prompt) - 1 + col,
+        ids[start + col],
+        credit.advantage[chosen],
+        credit.weight[chosen] / divisor,
+        kl_weight[chosen] / divisor,
+        logprobs[start + col],
+    )
+    sizes = counts.tolist()
+    for index, selected in enumerate(zip(*(part.split(sizes) for part in parts), strict=True)):
+        if not sizes[index]:
             continue
-        col = credit.col[chosen]
-        ids = torch.tensor(completion.token_ids)
         yield Row(
-            problem_id=group.prompt.problem.id,
+            group.prompt.problem.id,
             # The last selected token is predicted from the one before it; what follows need not be run.
-            token_ids=prompt + completion.token_ids[: int(col.max())],
-            col=len(prompt) - 1 + col,
-            target=ids[col],
-            advantage=credit.advantage[chosen],
-            weight=credit.weight[chosen] / divisor,
-            kl_weight=kl_weight[chosen] / divisor,
-            sampler_logprob=torch.tensor(completion.logprobs)[col],
+            prompt + completions[index].token_ids[: last[index]],
+            *selected,
             group=place,
             prompt_tokens=len(prompt),
-            trunk=completion.trunk,
+            trunk=completions[index].trunk,
         )
 
 

@@ -53,23 +53,22 @@ def cost(nodes: int, places: int) -> int:
 def pack_rows(rows: Sequence[Row]) -> Batch:
     """The rows' tree as a micro-batch, input_ids [1, T]. Rows of a group must stand in the order of their tokens."""
     longest = max(len(row.token_ids) for row in rows)
-    paths = torch.zeros(len(rows), longest, dtype=torch.int64)
+    paths: list[list[int]] = []
+    path: list[int] = []
     ids: list[int] = []
-    places: list[Tensor] = []
+    places: list[int] = []
     trunk: list[Tensor] = []
     for index, row in enumerate(rows):
-        length, start = len(row.token_ids), len(ids)
+        length = len(row.token_ids)
         shared = _shared(rows[index - 1], row) if index else 0
-        if shared:
-            paths[index, :shared] = paths[index - 1, :shared]
-        paths[index, shared:length] = torch.arange(start, start + length - shared)
-        paths[index, length:] = start + length - shared - 1 if length > shared else paths[index, length - 1]
+        path = [*path[:shared], *range(len(ids), len(ids) + length - shared)]
+        paths.append(path + path[-1:] * (longest - length))
         ids.extend(row.token_ids[shared:])
-        places.append(torch.arange(shared, length) + index * longest)
+        places.extend(range(index * longest + shared, index * longest + length))
         trunk += _trunk_of(row, shared)
     counts = torch.tensor([len(row.col) for row in rows])
     owner = torch.repeat_interleave(torch.arange(len(rows)), counts)
-    place = torch.cat(places)
+    place = torch.tensor(places)
 
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(row, name) for row in rows])
@@ -79,7 +78,7 @@ def pack_rows(rows: Sequence[Row]) -> Batch:
         owner,
         *(joined(name) for name in ("col", "target", "advantage", "weight", "kl_weight", "sampler_logprob")),
         problem_ids=tuple(row.problem_id for row in rows),
-        paths=Paths(paths, place, place % longest),
+        paths=Paths(torch.tensor(paths), place, place % longest),
         trunk=tuple(trunk) if all(row.trunk is not None for row in rows) else (),
     )
 

@@ -270,9 +270,11 @@ class _Wave:
                 come = self._admit(waiting, noise_of)
                 active += come
                 if not come:  # those that came may have ended with their first token: a look first
-                    left = min(self._limits[row // self._num] - lengths[row] for row in active)
-                    every = (_LOOK_EVERY if self._steps.captured else 1) if ends else left
-                    self._steps.run(active, self._table, self._sampling, min(left, every), self._trunk_layer)
+                    count = 1
+                    if self._steps.captured or not ends:
+                        left = min(self._limits[row // self._num] - lengths[row] for row in active)
+                        count = min(left, _LOOK_EVERY) if ends else left
+                    self._steps.run(active, self._table, self._sampling, count, self._trunk_layer)
                 rows = torch.tensor(active, device=self._policy.device)
                 seen = self._table.info[rows][:, [LENGTH, DONE]].tolist()
                 for row, (length, _) in zip(active, seen, strict=True):
@@ -312,7 +314,8 @@ class _Wave:
         if self._trunk_layer is not None:
             shape = (len(self._prompts) * self._num + 1, self.own_slots, decoder.hidden_size)
             trunk = torch.empty(shape, dtype=decoder.dtype, device=device)
-        self._table.hold(Keys(room(num_prompts, self._prompt_slots), room(num_rows, self.own_slots), trunk))
+        row_slots = self.own_slots + (self._prompt_slots if decoder.operations.whole_rows else 0)
+        self._table.hold(Keys(room(num_prompts, self._prompt_slots), room(num_rows, row_slots), trunk))
         self._table.ends.fill_(False)
         self._table.ends[torch.tensor(ends, dtype=torch.int64, device=device)] = True
         self._free_rows, self._free_prompts = list(range(num_rows)), list(range(num_prompts))
@@ -337,9 +340,13 @@ class _Wave:
         uniform = torch.stack([noise_of(*divmod(row, self._num)) for row in come])
         table.info[rows] = info.to(device)
         table.uniform[rows, : uniform.shape[1]] = uniform.to(device)
-        hidden = self._first_hidden[info[:, PROMPT].long().to(device)]
+        slot, prompt = info[:, SLOT].long().to(device), info[:, PROMPT].long().to(device)
         do = self._decoder.operations
-        for some, part in zip(rows.split(FIRST_ROWS), hidden.split(FIRST_ROWS), strict=True):
+        if do.whole_rows:
+            assert table.keys is not None
+            table.keys.own[:, :, slot, :, : self._prompt_slots] = table.keys.prompt[:, :, prompt]
+        size = FIRST_ROWS if self._steps.captured else len(come)
+        for some, part in zip(rows.split(size), self._first_hidden[prompt].split(size), strict=True):
             do.advance(*do.pick(self._decoder.logits(part), some, table, self._sampling), some, table)
         return come
 
@@ -402,15 +409,14 @@ class _Wave:
         and nothing has to be gathered in each step."""
         assert self._table.keys is not None
         own = self._table.keys.own
-        for row in active:
-            slot = self._slot[row]
-            if slot >= len(active):
-                place = min(self._free_rows)
-                self._free_rows.remove(place)
-                self._free_rows.append(slot)
-                own[:, :, place] = own[:, :, slot]
-                self._slot[row] = place
-                self._table.info[row, SLOT] = place
+        moved = [row for row in active if self._slot[row] >= len(active)]
+        if moved:
+            old = [self._slot[row] for row in moved]
+            new = sorted(self._free_rows)[: len(moved)]
+            own[:, :, new] = own[:, :, old]
+            self._table.info[moved, SLOT] = torch.tensor(new, dtype=torch.int32, device=own.device)
+            self._slot.update(zip(moved, new, strict=True))
+            self._free_rows = [place for place in self._free_rows if place not in new] + old
         self._free_rows.sort()
         return sorted(active, key=self._slot.__getitem__)
 
