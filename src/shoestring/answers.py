@@ -92,6 +92,7 @@ def is_checkable(gold: str) -> bool:
     return parse_number(gold) is not None or _is_formula(gold)
 
 
+@lru_cache(maxsize=1024)  # a group's completions are held to one answer
 def parse_number(text: str) -> Fraction | None:
     """The number that the whole text is; None if it is more or less than one number.
 

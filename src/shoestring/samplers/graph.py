@@ -180,8 +180,9 @@ class Steps:
         """`count` tokens more for each of these completions."""
         if not self.captured:
             places = torch.tensor(rows, device=self._policy.device)
-            for _ in range(count):
-                self.decoder.step(places, table, sampling, trunk_layer)
+            with torch.inference_mode():  # a tenth of a small step
+                for _ in range(count):
+                    self.decoder.step(places, table, sampling, trunk_layer)
             return
         size = next(size for size in LADDER if size >= len(rows))
         none = len(table.tokens) - 1
@@ -283,7 +284,7 @@ class _Wave:
                 active = [row for row, (_, is_done) in zip(active, seen, strict=True) if not is_done]
                 self._leave(ended, lengths, ends, take)
                 if not self._steps.captured:
-                    active = self._closed_up(active)
+                    active = self._closed_up(active, lengths)
         finally:
             self._table.hold(None)
 
@@ -404,7 +405,7 @@ class _Wave:
             return None
         return Trunk(self._trunks[row // self._num], keys.trunk[row, : length - 1])
 
-    def _closed_up(self, active: Sequence[int]) -> list[int]:
+    def _closed_up(self, active: Sequence[int], lengths: dict[int, int]) -> list[int]:
         """Moves completions into places that others have left, so that those of the batch lie side by side, in order,
         and nothing has to be gathered in each step."""
         assert self._table.keys is not None
@@ -413,7 +414,8 @@ class _Wave:
         if moved:
             old = [self._slot[row] for row in moved]
             new = sorted(self._free_rows)[: len(moved)]
-            own[:, :, new] = own[:, :, old]
+            used = self._prompt_slots + max(lengths[row] for row in moved)
+            own[:, :, new, :, :used] = own[:, :, old, :, :used]
             self._table.info[moved, SLOT] = torch.tensor(new, dtype=torch.int32, device=own.device)
             self._slot.update(zip(moved, new, strict=True))
             self._free_rows = [place for place in self._free_rows if place not in new] + old

@@ -206,8 +206,7 @@ class Plain:
         self._step = _Step(rows, table, heads)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = _wide(x)
-        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return F.rms_norm(x, weight.shape, weight, eps)
 
     def add_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self.norm(x.add_(y), weight, eps)
@@ -219,7 +218,9 @@ class Plain:
         count, size = heads.heads, heads.head_dim
         qk, v = qkv.unflatten(-1, (-1, size)).split([count + heads.kv_heads, heads.kv_heads], 1)
         if norms is not None:
-            qk = torch.cat([self.norm(qk[:, :count], norms[0], heads.eps), self.norm(qk[:, count:], norms[1], heads.eps)], 1)
+            qk = torch.cat(
+                [self.norm(qk[:, :count], norms[0], heads.eps), self.norm(qk[:, count:], norms[1], heads.eps)], 1
+            )
         step = self._step or _Step(rows, table, heads)
         turned = _rotated(qk, step.cos, step.sin)
         both, places = torch.stack([turned[:, count:], v]).flatten(1, 2), step.places
