@@ -319,6 +319,8 @@ class Card:
             "synchronize": lambda device=None: None,
             "empty_cache": lambda: self.calls.append("empty_cache"),
             "set_per_process_memory_fraction": lambda share, device=None: self.calls.append(share),
+            "get_per_process_memory_fraction": lambda device=None: 1.0,
+            "current_blas_handle": lambda: 0,
         }.items():
             monkeypatch.setattr(cuda, name, value)
         monkeypatch.setattr(cuda, "synchronize", lambda *_: None)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from shoestring import layers
 from shoestring.batch import collate, training_rows
 from shoestring.optim import backward
 from shoestring.packing import TREE_MODELS, cost, cut_tree, pack_rows
@@ -91,13 +92,31 @@ def test_log_probs_and_gradients_are_those_of_the_rows(family: str, step: Step) 
     close(gradients(policy, [tree]), gradients(policy, [whole]), 5e-5)
 
 
+@pytest.mark.parametrize(
+    ("step", "trees"), [(TRIE, True), (some_step(), True), (STAR, False)], ids=["trie", "random", "star"]
+)
+def test_attention_in_blocks_is_that_over_paths(step: Step, trees: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short rows on a CPU: in a block for each tree where that makes fewer scores, else for each path."""
+    policy = random_policy("qwen2")
+    (tree,) = micro_batches(training_rows(*step), 10**6, trees=True)
+    assert tree.paths is not None
+    blocks = layers.blocks_of(tree.paths)
+    assert blocks is not None
+    assert len(blocks.nodes) == (len(step[0]) if trees else len(tree.paths.nodes))
+    found, logprobs = gradients(policy, [tree]), policy.logprobs(tree, 0.9)
+    monkeypatch.setattr(layers, "_SHORT", 0)
+    assert layers.blocks_of(tree.paths) is None
+    torch.testing.assert_close(logprobs, policy.logprobs(tree, 0.9), atol=1e-5, rtol=0)
+    close(found, gradients(policy, [tree]), 1e-5)
+
+
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("modules", [["q_proj"], ["o_proj", "v_proj"], ["gate_proj", "down_proj"], "all-linear"])
-@pytest.mark.parametrize("layers", ["all", 1, (1,)])
-def test_our_own_layers_are_those_of_transformers(family: str, modules: Any, layers: Any) -> None:
+@pytest.mark.parametrize("adapted", ["all", 1, (1,)])
+def test_our_own_layers_are_those_of_transformers(family: str, modules: Any, adapted: Any) -> None:
     """Wherever the adapter sits; with a KL term, and with layers run again."""
     options = {"sizes": {"sliding_window": None}} if family == "mistral" else {}
-    policy = random_policy(family, adapter={"modules": modules, "layers": layers}, **options)
+    policy = random_policy(family, adapter={"modules": modules, "layers": adapted}, **options)
     (tree,) = micro_batches(training_rows(*some_step(1), beta=0.3), 10**6, trees=True)
     assert policy.own_layers
     found = {on: gradients(policy, [tree], beta=0.3, on=on) for on in (False, True)}

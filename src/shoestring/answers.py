@@ -30,6 +30,7 @@ MAX_FORMULA = 200
 FORMULA_SECONDS = 5
 
 _CHUNK = 4_000  # digits that int() and str() take at once, below Python's limit of 4,300
+_PIECE = 10**_CHUNK
 
 
 def extract(text: str) -> str | None:
@@ -91,6 +92,7 @@ def is_checkable(gold: str) -> bool:
     return parse_number(gold) is not None or _is_formula(gold)
 
 
+@lru_cache(maxsize=1024)  # a group's completions are held to one answer
 def parse_number(text: str) -> Fraction | None:
     """The number that the whole text is; None if it is more or less than one number.
 
@@ -349,8 +351,8 @@ def _int(digits: str) -> int:
 
 def _str(value: int) -> str:
     pieces: list[str] = []
-    while value >= 10**_CHUNK:
-        value, rest = divmod(value, 10**_CHUNK)
+    while value >= _PIECE:
+        value, rest = divmod(value, _PIECE)
         pieces.append(str(rest).zfill(_CHUNK))
     return str(value) + "".join(reversed(pieces))
 

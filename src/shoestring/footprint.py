@@ -176,7 +176,8 @@ def cache_slots(work: Work, rows: int) -> int:
     if not work.graph:
         return rows * work.slots
     prompts = prompts_at_once(rows, work.prompts, max(work.rows // work.prompts, 1))
-    return prompts * work.prompt + rows * work.added
+    own = work.added if work.gpu else work.slots  # on the CPU a completion's row begins with its prompt
+    return prompts * work.prompt + rows * own
 
 
 def forward_token(work: Work) -> int:

@@ -27,6 +27,40 @@ class Cache(Protocol):
         ...
 
 
+class Blocks(NamedTuple):
+    """A tree's nodes in K blocks of up to n, with all scores of attention inside a block at hand."""
+
+    nodes: Tensor
+    """[K, n]: the node at each place; behind a block's end, any."""
+    place: Tensor
+    """[T]: a place of each node, counted through the blocks."""
+    unseen: Tensor
+    """[K or 1, 1, 1, n, n], added to the scores: -inf where a place must not look, else 0."""
+
+
+def blocks_of(paths: Paths) -> Blocks | None:
+    """For short rows on a CPU, where this is quicker than torch's own attention: a block for each path, or for each
+    prompt's whole tree where that makes fewer scores. A tree's nodes are numbered one after the other."""
+    rows, longest = paths.nodes.shape
+    if paths.nodes.device.type != "cpu" or longest > _SHORT:
+        return None
+    starts = paths.nodes[:, 0].unique()
+    count = len(paths.place)
+    sizes = starts.diff(append=torch.tensor([count]))
+    widest = int(sizes.max())
+    if len(starts) * widest**2 >= rows * longest**2:
+        return Blocks(paths.nodes, paths.place, torch.full((1, 1, 1, longest, longest), -torch.inf).triu_(1))
+    tree, every = torch.repeat_interleave(sizes), torch.arange(count)
+    place = tree * widest + every - starts[tree]
+    before = paths.nodes[paths.place // longest]  # the path that leads to each node, [T, L], and what follows on it
+    before = torch.where(torch.arange(longest) <= paths.positions[:, None], before, every[:, None])
+    unseen = torch.full((len(starts), widest, widest), -torch.inf)
+    unseen.diagonal(dim1=1, dim2=2).zero_()  # places behind a block's end look at themselves
+    unseen.view(-1)[(place[:, None] * widest + before - starts[tree, None]).flatten()] = 0
+    nodes = (starts[:, None] + torch.arange(widest)).clamp(max=count - 1)
+    return Blocks(nodes, place, unseen[:, None, None])
+
+
 class Pass(NamedTuple):
     """What the layers of one forward pass share."""
 
@@ -34,6 +68,8 @@ class Pass(NamedTuple):
     paths: Paths
     adapted: bool
     """With the adapter, or as the reference."""
+    blocks: Blocks | None = None
+    """Attends in these, where no layer has a window."""
     recompute: bool = False
     """Keep the input of each layer only."""
     cache: Cache | None = None
@@ -51,7 +87,7 @@ class Pass(NamedTuple):
 
     def attention(self, qkv: Tensor, layer: Layer) -> Tensor:
         """[T, heads D] from [T, (heads + 2 kv) D], over the paths; torch's autograd knows the way back."""
-        heads, (rows, longest) = self.decoder.heads, self.paths.nodes.shape
+        heads = self.decoder.heads
         counts = [heads.heads, heads.kv_heads, heads.kv_heads]
         if layer.head_norms is not None:
             q, k, v = qkv.unflatten(-1, (-1, heads.head_dim)).split(counts, 1)
@@ -61,28 +97,29 @@ class Pass(NamedTuple):
             )
             qkv = torch.cat([*normed, v], 1).flatten(1)
         turned = _Rotate.apply(qkv, self)
-        spread = turned.index_select(0, self.paths.nodes.flatten()).view(rows, longest, -1, heads.head_dim)  # type: ignore[union-attr]
+        nodes, place = (self.blocks or self.paths)[:2]
+        spread = turned.index_select(0, nodes.flatten()).view(*nodes.shape, -1, heads.head_dim)  # type: ignore[union-attr]
         q, k, v = (part.transpose(1, 2) for part in spread.split(counts, 2))
         if self.cache is not None:
             self.cache.take(k, v)
         grouped = heads.heads != heads.kv_heads
-        if layer.window is not None and layer.window < longest:
-            seen = torch.ones(longest, longest, dtype=torch.bool, device=q.device).tril_().triu_(1 - layer.window)
+        if self.blocks is not None:
+            found = _attention(q, k, v, self.blocks.unseen)
+        elif layer.window is not None and layer.window < q.shape[2]:
+            seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
+            seen = seen.tril_().triu_(1 - layer.window)
             found = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
-        elif qkv.device.type == "cpu" and longest <= _SHORT:
-            found = _short_attention(q, k, v)
         else:
             found = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return found.transpose(1, 2).reshape(rows * longest, -1).index_select(0, self.paths.place)
+        return found.transpose(1, 2).reshape(nodes.numel(), -1).index_select(0, place)
 
 
-def _short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention with all scores at hand: for short rows on a CPU, twice as fast as torch's own."""
-    rows, count, longest, size = q.shape
-    stacked = q.reshape(rows, k.shape[1], -1, size) * size**-0.5
-    ahead = torch.full((longest, longest), -torch.inf, dtype=q.dtype).triu_(1)
-    scores = (stacked @ k.transpose(2, 3)).view(rows, -1, longest, longest) + ahead
-    return (scores.softmax(-1).reshape(rows, k.shape[1], -1, longest) @ v).view(rows, count, longest, size)
+def _attention(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor) -> Tensor:
+    """With all scores at hand, [K, heads, n, D]."""
+    (blocks, heads, width, size), kv = q.shape, k.shape[1]
+    scores = (q * size**-0.5).reshape(blocks, kv, -1, size) @ k.transpose(2, 3)
+    weights = scores.view(blocks, kv, -1, width, width).add_(unseen).softmax(-1)
+    return (weights.view(blocks, kv, -1, width) @ v).view(blocks, heads, width, size)
 
 
 def parameters(layer: Layer) -> list[nn.Parameter]:

@@ -55,7 +55,7 @@ def rows_that_fit(max_tokens: int, prompt: int, own: int, group: int, most: int)
     """Of full-length rows that share no more than their group's prompt, how many `cut_tree` puts together, and the
     nodes of their tree. A row has `prompt` tokens and `own` ones behind them.
 
-    >>> rows_that_fit(1200, prompt=100, own=100, group=4, most=64)
+    >>> rows_that_fit(1250, prompt=100, own=100, group=4, most=64)
     (9, 1200)
     """
     rows = nodes = 0

@@ -104,22 +104,22 @@ def train_in_pieces(
     if not batches:  # without signal there is nothing to learn from, and the step is a fact to report
         return UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False), batches
     longest = max(len(row.token_ids) for row in rows)
+    most = sum(size(batch) for batch in batches)
     with Snapshot.taken(policy, optimizer) as before:
 
         def attempt(max_tokens: int) -> tuple[UpdateReport, list[Batch]]:
             torch.manual_seed(seed)  # rounding by chance draws from torch's own generators
-            batches = cut(max_tokens)
+            used = batches if len(batches) == 1 and most <= max_tokens else cut(max_tokens)
             return update(
                 policy,
                 optimizer,
-                batches,
+                used,
                 config.objective,
                 temperature=config.sampling.temperature,
                 max_grad_norm=config.optim.max_grad_norm,
                 checkpointing=pieces.checkpointing,
-            ), batches
+            ), used
 
-        most = sum(size(batch) for batch in batches)
         return _fitted(attempt, pieces, longest, most, before.restore)
 
 

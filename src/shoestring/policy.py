@@ -20,7 +20,7 @@ from shoestring import models
 from shoestring.adapters.base import decoder_layers, quiet_peft
 from shoestring.errors import ConfigError
 from shoestring.heads import POST_HEAD, gathered_logprobs, selected_logprobs
-from shoestring.layers import Pass
+from shoestring.layers import Pass, blocks_of
 from shoestring.packing import TREE_MODELS, attention_over_paths
 from shoestring.samplers.decoder import Decoder, unsupported
 from shoestring.tasks.base import plain_text
@@ -156,7 +156,8 @@ class Policy:
         assert batch.paths is not None
         decoder, first = self.decoder, self.first_gradient_layer
         decoder.sync()
-        layers = Pass(decoder, batch.paths, adapted=not self._as_reference, recompute=self._recompute)
+        blocks, adapted = blocks_of(batch.paths), not self._as_reference
+        layers = Pass(decoder, batch.paths, adapted, blocks, recompute=self._recompute)
         if batch.trunk:
             x = torch.cat(batch.trunk)
         else:

@@ -72,17 +72,20 @@ class SGRPO(Settings):
 
     def select(self, group: Group, generator: torch.Generator) -> Tensor:
         """Which of the group's tokens, row by row, are selected. [sum of lengths], bool"""
-        lengths = [len(completion.token_ids) for completion in group.completions]
-        picked = [self.select_row(torch.rand(length, generator=generator, dtype=torch.float64)) for length in lengths]
-        return torch.cat(picked) if picked else torch.zeros(0, dtype=torch.bool)
+        lengths = torch.tensor([len(completion.token_ids) for completion in group.completions])
+        inside = torch.arange(int(lengths.max())) < lengths[:, None]
+        uniform_GT = torch.zeros(inside.shape, dtype=torch.float64)
+        uniform_GT[inside] = torch.rand(int(lengths.sum()), generator=generator, dtype=torch.float64)
+        return self.select_row(uniform_GT)[inside]
 
     def select_row(self, uniform_T: Tensor) -> Tensor:
-        """The rule above in one piece: one uniform number a position, also where the cap makes it idle. [T], bool
+        """The rule above in one piece: one uniform number a position, also where the cap makes it idle. [T] or [G, T],
+        bool
 
         >>> u = torch.tensor([0.0, 0.0, 0.0, 0.7, 0.2, 0.9, 0.4, 0.1, 0.3, 0.6])
         >>> SGRPO(alpha=3, k=5, p=0.5).select_row(u).nonzero().flatten().tolist()
         [0, 1, 2, 4, 6]
         """
-        position = torch.arange(len(uniform_T))
+        position = torch.arange(uniform_T.shape[-1])
         drawn = (uniform_T < self.p) & (position >= self.alpha)
-        return (position < self.alpha) | (drawn & (self.alpha + drawn.cumsum(0) <= self.k))
+        return (position < self.alpha) | (drawn & (self.alpha + drawn.cumsum(-1) <= self.k))

@@ -180,8 +180,9 @@ class Steps:
         """`count` tokens more for each of these completions."""
         if not self.captured:
             places = torch.tensor(rows, device=self._policy.device)
-            for _ in range(count):
-                self.decoder.step(places, table, sampling, trunk_layer)
+            with torch.inference_mode():  # a tenth of a small step
+                for _ in range(count):
+                    self.decoder.step(places, table, sampling, trunk_layer)
             return
         size = next(size for size in LADDER if size >= len(rows))
         none = len(table.tokens) - 1
@@ -270,9 +271,11 @@ class _Wave:
                 come = self._admit(waiting, noise_of)
                 active += come
                 if not come:  # those that came may have ended with their first token: a look first
-                    left = min(self._limits[row // self._num] - lengths[row] for row in active)
-                    every = (_LOOK_EVERY if self._steps.captured else 1) if ends else left
-                    self._steps.run(active, self._table, self._sampling, min(left, every), self._trunk_layer)
+                    count = 1
+                    if self._steps.captured or not ends:
+                        left = min(self._limits[row // self._num] - lengths[row] for row in active)
+                        count = min(left, _LOOK_EVERY) if ends else left
+                    self._steps.run(active, self._table, self._sampling, count, self._trunk_layer)
                 rows = torch.tensor(active, device=self._policy.device)
                 seen = self._table.info[rows][:, [LENGTH, DONE]].tolist()
                 for row, (length, _) in zip(active, seen, strict=True):
@@ -281,7 +284,7 @@ class _Wave:
                 active = [row for row, (_, is_done) in zip(active, seen, strict=True) if not is_done]
                 self._leave(ended, lengths, ends, take)
                 if not self._steps.captured:
-                    active = self._closed_up(active)
+                    active = self._closed_up(active, lengths)
         finally:
             self._table.hold(None)
 
@@ -312,7 +315,8 @@ class _Wave:
         if self._trunk_layer is not None:
             shape = (len(self._prompts) * self._num + 1, self.own_slots, decoder.hidden_size)
             trunk = torch.empty(shape, dtype=decoder.dtype, device=device)
-        self._table.hold(Keys(room(num_prompts, self._prompt_slots), room(num_rows, self.own_slots), trunk))
+        row_slots = self.own_slots + (self._prompt_slots if decoder.operations.whole_rows else 0)
+        self._table.hold(Keys(room(num_prompts, self._prompt_slots), room(num_rows, row_slots), trunk))
         self._table.ends.fill_(False)
         self._table.ends[torch.tensor(ends, dtype=torch.int64, device=device)] = True
         self._free_rows, self._free_prompts = list(range(num_rows)), list(range(num_prompts))
@@ -337,9 +341,13 @@ class _Wave:
         uniform = torch.stack([noise_of(*divmod(row, self._num)) for row in come])
         table.info[rows] = info.to(device)
         table.uniform[rows, : uniform.shape[1]] = uniform.to(device)
-        hidden = self._first_hidden[info[:, PROMPT].long().to(device)]
+        slot, prompt = info[:, SLOT].long().to(device), info[:, PROMPT].long().to(device)
         do = self._decoder.operations
-        for some, part in zip(rows.split(FIRST_ROWS), hidden.split(FIRST_ROWS), strict=True):
+        if do.whole_rows:
+            assert table.keys is not None
+            table.keys.own[:, :, slot, :, : self._prompt_slots] = table.keys.prompt[:, :, prompt]
+        size = FIRST_ROWS if self._steps.captured else len(come)
+        for some, part in zip(rows.split(size), self._first_hidden[prompt].split(size), strict=True):
             do.advance(*do.pick(self._decoder.logits(part), some, table, self._sampling), some, table)
         return come
 
@@ -361,7 +369,7 @@ class _Wave:
 
     def _prefill(self, fresh: Sequence[int]) -> None:
         """Runs new prompts into the cache, and keeps what their first tokens are drawn from."""
-        from shoestring.layers import Pass
+        from shoestring.layers import Pass, blocks_of
 
         assert self._table.keys is not None
         decoder, split = self._decoder, self._trunk_layer or 0
@@ -369,7 +377,9 @@ class _Wave:
             places = [self._place[p] for p in used]
             prompts = [self._prompts[p].token_ids for p in used]
             paths, ends = side_by_side([len(ids) for ids in prompts], self._policy.device)
-            how = Pass(decoder, paths, adapted=True, cache=_Prompts(self._table.keys.prompt, places))
+            free = all(layer.window is None or layer.window >= paths.nodes.shape[1] for layer in decoder.layers)
+            blocks, cache = blocks_of(paths) if free else None, _Prompts(self._table.keys.prompt, places)
+            how = Pass(decoder, paths, adapted=True, blocks=blocks, cache=cache)
             tokens = torch.tensor([token for ids in prompts for token in ids], device=self._policy.device)
             x = how.run(F.embedding(tokens, decoder.embedding), decoder.layers[:split])
             if self._trunk_layer is not None:
@@ -385,20 +395,20 @@ class _Wave:
             return None
         return Trunk(self._trunks[row // self._num], keys.trunk[row, : length - 1])
 
-    def _closed_up(self, active: Sequence[int]) -> list[int]:
+    def _closed_up(self, active: Sequence[int], lengths: dict[int, int]) -> list[int]:
         """Moves completions into places that others have left, so that those of the batch lie side by side, in order,
         and nothing has to be gathered in each step."""
         assert self._table.keys is not None
         own = self._table.keys.own
-        for row in active:
-            slot = self._slot[row]
-            if slot >= len(active):
-                place = min(self._free_rows)
-                self._free_rows.remove(place)
-                self._free_rows.append(slot)
-                own[:, :, place] = own[:, :, slot]
-                self._slot[row] = place
-                self._table.info[row, SLOT] = place
+        moved = [row for row in active if self._slot[row] >= len(active)]
+        if moved:
+            old = [self._slot[row] for row in moved]
+            new = sorted(self._free_rows)[: len(moved)]
+            used = self._prompt_slots + max(lengths[row] for row in moved)
+            own[:, :, new, :, :used] = own[:, :, old, :, :used]
+            self._table.info[moved, SLOT] = torch.tensor(new, dtype=torch.int32, device=own.device)
+            self._slot.update(zip(moved, new, strict=True))
+            self._free_rows = [place for place in self._free_rows if place not in new] + old
         self._free_rows.sort()
         return sorted(active, key=self._slot.__getitem__)
 

@@ -40,7 +40,7 @@ _LARGEST = (_Largest(2**25, 5_000), _Largest(2**23, 2_048))
 @dataclass
 class Keys:
     """Keys and values of a sampling: each prompt once, [2, L, prompts, kv heads, prompt slots, D], and what each
-    completion adds, [2, L, rows, kv heads, own slots, D]."""
+    completion adds, [2, L, rows, kv heads, own slots, D] (with `Operations.whole_rows` behind a copy of its prompt)."""
 
     prompt: Tensor
     own: Tensor
@@ -125,6 +125,11 @@ class Product(Protocol):
 class Operations(Protocol):
     """The two of them."""
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a completion's row of the cache begins with its prompt."""
+        ...
+
     def begin(self, rows: Tensor, table: Table, heads: Heads) -> None:
         """A step of these rows, [B], begins."""
         ...
@@ -190,48 +195,51 @@ class _Step:
     """What the layers of one step share in `Plain`."""
 
     def __init__(self, rows: Tensor, table: Table, heads: Heads):
-        self.info = info = table.info[rows].long()
-        self.behind, self.length = info[:, PROMPT_LENGTH], info[:, LENGTH] + 1
-        self.wide, self.deep = int(self.behind.max()), int(self.length.max())
-        angle = (self.behind + info[:, LENGTH])[:, None] * heads.inv_freq
-        self._turn = (
-            (angle.cos() * heads.scaling).repeat(1, 2)[:, None],
-            (angle.sin() * heads.scaling).repeat(1, 2)[:, None],
-        )
-        self.going = None if bool((info[:, DONE] == 0).all()) else (info[:, DONE] == 0).nonzero().flatten()
-        slots = info[:, SLOT]
-        self.in_order = bool((slots == torch.arange(len(slots), device=slots.device)).all())
+        assert table.keys is not None
+        own = table.keys.own
+        info = table.info[rows].long()
+        self._at = info[:, PROMPT_LENGTH] + info[:, LENGTH]  # each token's position, and its place in its row
+        self._deep, self._heads, self._dtype = int(self._at.max()) + 1, heads, own.dtype
+        self.cos, self.sin = _turn(self._at, heads, own.dtype)
+        slot, ended = info[:, SLOT], info[:, DONE] != 0
+        # [B kv]: the cache's places, row by row and head by head
+        head = slot[:, None] * heads.kv_heads + torch.arange(heads.kv_heads, device=own.device)
+        self.places = (head * own.shape[4] + self._at[:, None]).flatten()
+        self.going = (~ended).repeat_interleave(heads.kv_heads).nonzero().flatten() if bool(ended.any()) else None
+        self._slot = None if bool((slot == torch.arange(len(slot), device=own.device)).all()) else slot
         self._unseen: dict[int | None, Tensor] = {}
 
-    def turn(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the rotary embedding, [B, 1, D] each."""
-        return self._turn[0].to(dtype), self._turn[1].to(dtype)
+    def read(self, own: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows' keys and values of one layer's `own`, as far as there are any, [B kv, deep, D] each."""
+        here = own[:, : len(self._at)] if self._slot is None else own[:, self._slot]
+        keys, values = here[:, :, :, : self._deep].flatten(1, 2)
+        return keys, values
 
     def unseen(self, window: int | None) -> Tensor:
-        """Which of the cached prompt tokens and own tokens attention must not look at, [B, 1, 1, wide + deep]."""
+        """-inf where attention must not look, else 0, [B kv, 1, deep]."""
         if window not in self._unseen:
-            place = torch.arange(self.wide + self.deep, device=self.info.device)[None]
-            first = place < self.wide
-            position = torch.where(first, place, place - self.wide + self.behind[:, None])
-            real = torch.where(first, place < self.behind[:, None], place - self.wide < self.length[:, None])
-            if window is not None:
-                real &= position > (self.behind + self.length)[:, None] - 1 - window
-            self._unseen[window] = ~real[:, None, None]
+            place, at = torch.arange(self._deep, device=self._at.device), self._at[:, None]
+            hidden = place > at if window is None else (place > at) | (place <= at - window)
+            scores = torch.zeros(hidden.shape, dtype=self._dtype, device=at.device).masked_fill_(hidden, -torch.inf)
+            self._unseen[window] = scores.repeat_interleave(self._heads.kv_heads, 0)[:, None]
         return self._unseen[window]
 
 
 class Plain:
-    """Plain torch: the reference, and what runs on the CPU."""
+    """Plain torch: the reference, and what runs on the CPU. Attention over whole rows gathers nothing."""
+
+    whole_rows = True
 
     def __init__(self) -> None:
         self._step: _Step | None = None
+        self._turn: tuple[Tensor, Tensor, Tensor] | None = None
+        """Positions that were last rotated, and their `_turn`."""
 
     def begin(self, rows: Tensor, table: Table, heads: Heads) -> None:
         self._step = _Step(rows, table, heads)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = _wide(x)
-        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return F.rms_norm(x, weight.shape, weight, eps)
 
     def add_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self.norm(x.add_(y), weight, eps)
@@ -240,30 +248,28 @@ class Plain:
         self, qkv: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, norms: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         assert table.keys is not None
-        count, kv = heads.heads, heads.kv_heads
-        q, k, v = qkv.unflatten(-1, (-1, heads.head_dim)).split([count, kv, kv], 1)
+        count, size = heads.heads, heads.head_dim
+        qk, v = qkv.unflatten(-1, (-1, size)).split([count + heads.kv_heads, heads.kv_heads], 1)
         if norms is not None:
-            q, k = self.norm(q, norms[0], heads.eps), self.norm(k, norms[1], heads.eps)
+            qk = torch.cat(
+                [self.norm(qk[:, :count], norms[0], heads.eps), self.norm(qk[:, count:], norms[1], heads.eps)], 1
+            )
         step = self._step or _Step(rows, table, heads)
-        turned = _rotated(torch.cat([q, k], 1), *step.turn(qkv.dtype))
-        slot, length = step.info[:, SLOT], step.info[:, LENGTH]
-        both = torch.stack([turned[:, count:], v])
+        turned = _rotated(qk, step.cos, step.sin)
+        both, places = torch.stack([turned[:, count:], v]).flatten(1, 2), step.places
         if step.going is not None:
-            both, slot, length = both[:, step.going], slot[step.going], length[step.going]
-        table.keys.own[:, layer].transpose(2, 3)[:, slot, length] = both
+            both, places = both[:, step.going], places[step.going]
+        table.keys.own[:, layer].view(2, -1, size).index_copy_(1, places, both)
         return turned[:, :count]
 
     def attend(self, q: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, window: int | None) -> Tensor:
         assert table.keys is not None
         step = self._step or _Step(rows, table, heads)
-        keys, values = table.keys.prompt[:, layer, :, :, : step.wide][:, step.info[:, PROMPT]]
-        own = table.keys.own[:, layer, :, :, : step.deep]
-        own_keys, own_values = own[:, : len(q)] if step.in_order else own[:, step.info[:, SLOT]]
-        asked = q.unflatten(1, (heads.kv_heads, -1)) * heads.head_dim**-0.5
-        scores = torch.cat([asked @ keys.transpose(2, 3), asked @ own_keys.transpose(2, 3)], -1)
-        weights = scores.masked_fill_(step.unseen(window), -torch.inf).softmax(-1, dtype=_wide_dtype(q)).to(q.dtype)
-        before, after = weights.split([step.wide, step.deep], -1)
-        return (before @ values + after @ own_values).flatten(1)
+        keys, values = step.read(table.keys.own[:, layer])
+        asked = q.reshape(len(keys), -1, heads.head_dim)
+        scores = torch.baddbmm(step.unseen(window), asked, keys.transpose(1, 2), alpha=heads.head_dim**-0.5)
+        weights = scores.softmax(-1, dtype=_wide_dtype(q)).to(q.dtype)
+        return (weights @ values).view(len(q), -1)
 
     def linear(self, x: Tensor, product: Product) -> Tensor:
         return product(x)
@@ -278,15 +284,16 @@ class Plain:
         return add + (scale * (pulled - wide * scale.square() * along)).to(x.dtype)
 
     def rotate(self, qk: Tensor, positions: Tensor, heads: Heads, *, back: bool = False) -> Tensor:
-        angle = positions[:, None] * heads.inv_freq
-        cos, sin = ((f * heads.scaling).to(qk.dtype).repeat(1, 2)[:, None] for f in (angle.cos(), angle.sin()))
+        if self._turn is None or self._turn[0] is not positions:
+            self._turn = positions, *_turn(positions, heads, qk.dtype)
+        _, cos, sin = self._turn
         turned = qk[:, : (heads.heads + heads.kv_heads) * heads.head_dim].unflatten(-1, (-1, heads.head_dim))
         turned.copy_(_rotated(turned, cos, -sin if back else sin))
         return qk
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
 
     def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
@@ -309,14 +316,15 @@ class Plain:
 
     def advance(self, token: Tensor, logprob: Tensor, rows: Tensor, table: Table) -> None:
         info = table.info[rows]
-        going = info[:, DONE] == 0
-        place = _next(table, rows)
-        table.tokens[rows, place] = torch.where(going, token, table.tokens[rows, place])
-        table.logprobs[rows, place] = torch.where(going, logprob, table.logprobs[rows, place])
-        ended = table.ends[token] | (place + 1 >= info[:, LIMIT])
-        info[:, LENGTH] += going
-        info[:, TOKEN] = torch.where(going, token.int(), info[:, TOKEN])
-        info[:, DONE] |= (ended & going).int()
+        ended = info[:, DONE] != 0
+        if bool(ended.any()):
+            rows, token, logprob, info = (x[~ended] for x in (rows, token, logprob, info))
+        place = info[:, LENGTH] + 1
+        table.tokens[rows, place] = token
+        table.logprobs[rows, place] = logprob
+        info[:, LENGTH] = place
+        info[:, TOKEN] = token
+        info[:, DONE] = table.ends[token] | (place + 1 >= info[:, LIMIT])
         table.info[rows] = info
 
 
@@ -334,13 +342,22 @@ def _wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _turn(positions: Tensor, heads: Heads, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines, and sines with the sign that they have in each half, [B, 1, D] each."""
+    angle = positions[:, None, None] * heads.inv_freq
+    cos, sin = (angle.cos() * heads.scaling).to(dtype), (angle.sin() * heads.scaling).to(dtype)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x.chunk(2, -1)
-    return x * cos + torch.cat([-high, low], -1) * sin
+    """By the angles of `_turn`."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Fused:
     """Triton, for CUDA. Attention is cut into `splits` parts of each row's tokens where rows are few."""
+
+    whole_rows = False
 
     def __init__(self, programs: int = 264):
         """`programs` is how many keep the card busy: two a multiprocessor."""
