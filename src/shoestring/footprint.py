@@ -25,6 +25,8 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 NF4_TABLES = 2**12
 # cuBLAS' workspace (32 MiB on an H100, less on older cards) and what else lies on the card all the time.
 WORKSPACE = 34 * 2**20
+# What the allocator maps at once: of its pool for large tensors and of that for small ones, each is filled in part.
+_PAGE, _SMALL_PAGE = 20 * 2**20, 2**21
 # The fp32 and fp64 numbers that a draw makes of each logit.
 DRAW_BYTES = 24
 CONTEXT = 800 * 2**20
@@ -126,8 +128,13 @@ def workspace(work: Work) -> int:
     return WORKSPACE if work.gpu else 0
 
 
+def pages(work: Work) -> int:
+    """What the allocator reserves beside what it gives out."""
+    return _PAGE + _SMALL_PAGE if work.gpu else 0
+
+
 def static(work: Work) -> int:
-    return weights(work) + held(work) + workspace(work) + fused(work) + trunk_cache(work)
+    return weights(work) + held(work) + workspace(work) + pages(work) + fused(work) + trunk_cache(work)
 
 
 def fused(work: Work) -> int:
@@ -151,11 +158,13 @@ def trunk_cache(work: Work) -> int:
 
 
 def captured(work: Work, rows: int) -> int:
-    """What captured decode steps of up to `rows` hold between samplings: logits, and a layer's tensors."""
+    """What captured decode steps of up to `rows` hold between samplings, in pages of their own: logits, and a layer's
+    tensors."""
     if not (work.graph and work.gpu):
         return 0
     drawn = draw_tile(work, rows) if work.filtered else 0
-    return rows * (work.itemsize * work.shape.vocab + forward_token(work)) + dequantised(work) + drawn
+    taken = rows * (work.itemsize * work.shape.vocab + forward_token(work)) + dequantised(work) + drawn
+    return -(-taken // _PAGE) * _PAGE + _SMALL_PAGE
 
 
 def draw_tile(work: Work, rows: int) -> int:
@@ -363,22 +372,25 @@ def on_the_way_back(work: Work, batch: MicroBatch, checkpointing: bool) -> int:
     tokens = batch.nodes
     if work.own_layers:
         again = kept_own(work) * tokens if checkpointing else 0
-        return back_own(work, batch) + again + dequantised(work)
+        return back_own(work, batch, checkpointing) + again + dequantised(work)
     back = backward_token(work) * tokens + dequantised(work)
     if checkpointing:  # one layer is there again
         back += (kept_token(work) + 2 * work.itemsize * work.shape.hidden) * tokens + _casts(work)
     return back
 
 
-def back_own(work: Work, batch: MicroBatch) -> int:
-    """On the way back through one of our own layers: through the MLP, where gate and up are overwritten, or through
-    attention, which runs over whole paths, while they are there no more."""
+def back_own(work: Work, batch: MicroBatch, checkpointing: bool) -> int:
+    """Beside what is kept of one of our own layers: on the way back through the MLP, where gate and up are overwritten;
+    through attention, which runs over whole paths; or in 4 bits on the way there, where gate and up are joined."""
     shape = work.shape
     width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     mlp = shape.intermediate * (1 + ("down_proj" in work.trained.modules)) + shape.hidden
-    beside = 2 * shape.hidden + width + 2 * kv_width - 2 * shape.intermediate
+    beside = 2 * shape.hidden + width + 2 * kv_width
+    if checkpointing:  # what was computed again is let go after use; autograd lets go of nothing before the end
+        beside -= 2 * shape.intermediate
     path = 4 * (width + 2 * kv_width) + 2 * width
-    return work.itemsize * max(mlp * batch.nodes, beside * batch.nodes + path * batch.places)
+    joined = 2 * shape.intermediate * work.nf4
+    return work.itemsize * max(mlp * batch.nodes, beside * batch.nodes + path * batch.places, joined * batch.nodes)
 
 
 def head(work: Work, scored: int) -> int:

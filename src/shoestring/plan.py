@@ -193,8 +193,8 @@ def _step_temporaries(config: RunConfig, shape: Shape, trained: Trained, gpu: bo
 
 
 def margin(work: Work, budget: int) -> int:
-    """What a budget must leave free for the allocator's rounding."""
-    return 24 * 2**20 + budget // 100 if work.gpu else 0
+    """What a budget must leave free: its cap lies a page lower, and a prediction may err."""
+    return 20 * 2**20 + budget // 100 if work.gpu else 0
 
 
 def _fits(work: Work, peak: int, budget: int | None) -> bool:
@@ -242,8 +242,8 @@ def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None)
     most = room
     if budget is not None:
         most = budget - margin(work, budget)
-        roomy = most - (budget // 20 if work.gpu else 0)  # what is not needed is left to the allocator
-        most = roomy if _least_peak(config, work) <= roomy else most
+        spare = max(most - _least_peak(config, work), 0)  # some of it is left to the allocator
+        most -= min(budget // 40, spare // 2) if work.gpu else 0
     execution = config.execution
     wave_limit = max(execution.wave_tokens // work.slots, 1) if execution.wave_tokens else work.rows
     least = [choice for choice in (True, False) if execution.checkpointing in ("auto", choice)]
@@ -332,7 +332,7 @@ def _phases(work: Work, sizes: Sizes) -> tuple[Phase, ...]:
         for name, count in (
             ("weights", footprint.weights(work)),
             ("adapter, gradient and optimizer", footprint.held(work) + footprint.gradient(work)),
-            ("workspace", footprint.workspace(work)),
+            ("workspace and pages", footprint.workspace(work) + footprint.pages(work)),
             ("trunk cache", footprint.trunk_cache(work)),
             ("KV cache", footprint.kv_cache(work, sizes.wave_rows)),
             ("prefill", footprint.prefill(work, sizes.wave_rows)),
