@@ -133,8 +133,8 @@ def w1(name: str = "w1") -> str:
             f"{r['peak_sample_gib']:.2f}",
             f"{r['peak_train_gib']:.2f}" if "peak_train_gib" in r else "",
             f"{r['peak_reserved_gib']:.2f}",
-            f"{r['step_s']:.1f}",
-            f"{r['sample_s']:.1f}",
+            f"{r['step_s']:.2f}",
+            f"{r['sample_s']:.2f}",
             f"{r['train_s']:.2f}",
             str(r["runs"]) if r.get("warm", True) else "1, cold",
         ]
@@ -161,6 +161,17 @@ def decode() -> str:
     return table(["workload", "tokens/s", "ms a decode step", "seconds (least to most)", "first time"], rows) + note
 
 
+def trunk() -> str:
+    found = result("trunk")
+    rows = [
+        [r["model"].removeprefix("random:"), str(r["seed"])]
+        + [f"{r[name]:.4f}" for name in ("two_micro_batch_sizes", "cached_to_whole", "whole_to_fp32", "cached_to_fp32")]
+        for r in found["rows"]
+    ]
+    headings = ["model", "seed", "whole, two micro-batch sizes", "cached to whole", "whole to fp32", "cached to fp32"]
+    return table(headings, rows) + f"\n{where(found)}.\n"
+
+
 def w3() -> str:
     found = result("w3")
     rows = [
@@ -178,7 +189,8 @@ TABLES = {
     "memory-grid": memory_grid,
     "on-paper": on_paper,
     "w1": w1,
-    "w1-graph": lambda: w1("w1-graph"),
+    "w2": lambda: w1("w2"),
+    "trunk": trunk,
     "decode": decode,
     "w3": w3,
 }
