@@ -33,10 +33,12 @@ def overlap(problems: Sequence[Problem], trained_on: Task) -> Overlap | None:
 
     None where that split is made, not read (no text of such a task is in two splits), or is not there.
     """
-    if not isinstance(trained_on, Checked):
+    every: Sequence[Task] = getattr(trained_on, "of", (trained_on,))
+    parts = [part for part in every if isinstance(part, Checked)]
+    if not parts:
         return None
     try:
-        seen = {_text(problem) for problem in trained_on.problems("train")}
+        seen = {_text(problem) for part in parts for problem in part.problems("train")}
     except ShoestringError:
         return None
     shared = [problem for problem in problems if _text(problem) in seen]

@@ -7,6 +7,7 @@ from typing import Any
 from shoestring.tasks.file import File, Hub
 from shoestring.tasks.gsm8k import Gsm8k
 from shoestring.tasks.gym import Gym
+from shoestring.tasks.mixture import Mixture
 from shoestring.tasks.multiplication import Multiplication
 from shoestring.tasks.svamp import Svamp
 
@@ -17,4 +18,5 @@ TASKS: dict[str, type[Any]] = {
     "gym": Gym,
     "file": File,
     "hub": Hub,
+    "mixture": Mixture,
 }
