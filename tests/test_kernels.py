@@ -117,9 +117,18 @@ def test_which_products_are_one_kernel() -> None:
     long = Thin(16, 8192, 8, False, torch.float32)
     assert not do.one_kernel(normal(4, 8192), long)
     close(do.linear(normal(4, 8192), long), long(normal(4, 8192)))
+    assert not do.one_kernel(x, Thin(96, 64, 72, False, torch.float32))  # too wide an A to be held beside the sums
     quantised = Thin(96, 64, 8, False, torch.float32)
     quantised.weight = None  # type: ignore[assignment]
     assert not do.one_kernel(x, quantised)
+
+
+@pytest.mark.parametrize(("shared", "stages"), [(227, 4), (99, 2), (48, 1), (8, 1)])
+def test_cards_with_less_shared_memory_load_fewer_steps_ahead(shared: int, stages: int) -> None:
+    do = Fused(shared=shared * 2**10)
+    assert do.stages(36 * 2**10, 4) == stages
+    x, product = normal(5, 72), Thin(96, 72, 8, False, torch.float32)
+    close(do.linear(x, product), product(x))
 
 
 def table(rows: int, width: int, vocab_size: int = 50) -> Table:

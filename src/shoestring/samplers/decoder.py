@@ -277,7 +277,7 @@ class Decoder:
         config, model = base.config, base.base_model
         self.device = base.device
         self.dtype = base.dtype
-        self.operations: Operations = Fused() if self.device.type == "cuda" else Plain()
+        self.operations: Operations = Fused.on(self.device) if self.device.type == "cuda" else Plain()
         attention = model.layers[0].self_attn
         rotary = model.rotary_emb
         self.heads = Heads(

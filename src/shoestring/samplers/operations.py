@@ -26,7 +26,7 @@ SLOT, LENGTH, PROMPT, PROMPT_LENGTH, LIMIT, DONE, TOKEN, COLUMNS = range(8)
 _DRAW_BLOCK = 4096
 # Products with LoRA are one kernel up to so many rows, and up to sizes that differ for few rows and for more: where it
 # proved faster than three of cuBLAS, on an H100 with ranks of 16.
-_FEW_ROWS, _MOST_ROWS = 64, 512
+_FEW_ROWS, _MOST_ROWS, _MOST_RANKS = 64, 512, 64
 
 
 class _Largest(NamedTuple):
@@ -359,9 +359,19 @@ class Fused:
 
     whole_rows = False
 
-    def __init__(self, programs: int = 264):
-        """`programs` is how many keep the card busy: two a multiprocessor."""
-        self._programs = programs
+    def __init__(self, programs: int = 264, shared: int = 227 * 2**10):
+        """`programs` is how many keep the card busy, two a multiprocessor, and `shared` the bytes of shared memory that
+        one can have: both by default an H100's."""
+        self._programs, self._shared = programs, shared
+
+    @classmethod
+    def on(cls, device: torch.device) -> Fused:
+        card = torch.cuda.get_device_properties(device)
+        return cls(2 * card.multi_processor_count, card.shared_memory_per_multiprocessor - 2**10)
+
+    def stages(self, size: int, most: int) -> int:
+        """How many steps of `size` bytes a kernel can load ahead, with a fifth of shared memory left for the rest."""
+        return max(min(self._shared * 4 // 5 // size, most), 1)
 
     def begin(self, rows: Tensor, table: Table, heads: Heads) -> None:
         """Kernels read what they need from the table."""
@@ -413,7 +423,7 @@ class Fused:
         kernels().attend[(count, heads.kv_heads, splits)](
             q, part, mass, table.info, rows, table.where, layer, d**-0.5, 2**30 if window is None else window,
             KV=heads.kv_heads, REPEAT=repeat, PADDED=max(_power(repeat), 16), D=d, BLOCK=block, SPLITS=splits,
-            num_warps=4, num_stages=3 if q.element_size() == 2 else 2,
+            num_warps=4, num_stages=self.stages(2 * block * d * q.element_size(), 3 if q.element_size() == 2 else 2),
         )  # fmt: skip
         if splits > 1:
             kernels().combine[(count, heads.heads)](part, mass, out, D=d, SPLITS=splits, PADDED=_power(splits))
@@ -433,7 +443,7 @@ class Fused:
     def one_kernel(self, x: Tensor, product: Product) -> bool:
         """Whether base product, A and B are better one kernel than three: beside a large weight or for a long sum,
         cuBLAS is faster."""
-        if product.weight is None or not len(product.down):
+        if product.weight is None or not 0 < len(product.down) <= _MOST_RANKS:
             return False
         (outs, inputs), most = product.weight.shape, _LARGEST[len(x) > _FEW_ROWS]
         return len(x) <= _MOST_ROWS and outs * inputs <= most.weights and inputs <= most.inputs
@@ -445,11 +455,13 @@ class Fused:
         outs = outs // 2 if gated else outs
         out = x.new_empty(rows, outs)
         block_m = min(max(_power(rows), 16), 64)
-        block_n, block_k, stages = _blocks(rows, outs, x.element_size())
+        block_n, block_k, ahead = _blocks(rows, outs, x.element_size())
+        ranks = max(_power(len(down)), 16)
+        size = (block_m + block_n * (1 + gated) + ranks) * block_k * x.element_size()
         kernels().product[(-(-outs // block_n), -(-rows // block_m))](
             x, weight, bias if bias is not None else weight, down, product.up, out, rows, outs, inputs, len(down),
-            x.stride(0), BIAS=bias is not None, RANK=max(_power(len(down)), 16), GATED=gated,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4, num_stages=stages,
+            x.stride(0), BIAS=bias is not None, RANK=ranks, GATED=gated,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4, num_stages=self.stages(size, ahead),
         )  # fmt: skip
         return out
 
