@@ -11,8 +11,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from shoestring.evaluation import t_interval
+
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *((ROOT / "docs" / f"{name}.md") for name in ("results", "memory", "speed")))
+_BEFORE_AND_AFTER = (("base_accuracy", "base_"), ("accuracy", ""))  # in a row, with their intervals' prefixes
 _BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -183,6 +186,68 @@ def w3() -> str:
     return table(["state of the code", "step s (least to most)", "sampling s", "training s"], rows) + note
 
 
+def _over_seeds(runs: list[dict[str, Any]]) -> list[str]:
+    """The rate, the accuracy with its interval (over seeds, or over problems where there is one), and the cost."""
+    sampled, trained = (statistics.mean(r[key] for r in runs) for key in ("tokens_sampled", "tokens_trained"))
+    after = [r["accuracy"] for r in runs]
+    low, high = t_interval(after) or (runs[0]["low"], runs[0]["high"])
+    return [
+        f"{runs[0]['lr']:g}",
+        f"{statistics.mean(after):.1%} ({low:.1%} to {min(high, 1):.1%})",
+        ", ".join(f"{value:.1%}" for value in after),
+        f"{sampled:,.0f}",
+        f"{trained:,.0f} ({trained / sampled:.1%})",
+        spread([r["seconds"] for r in runs], ".0f"),
+    ]
+
+
+def multiply_embedded() -> str:
+    found, tuned = result("multiply-embedded"), result("multiply-embedded-lr")
+    rates = sorted({r["lr"] for r in tuned["rows"]})
+    held_back = {(r["method"], r["lr"]): r["accuracy"] for r in tuned["rows"]}
+    base = found["rows"][0]
+    interval = f"{base['base_accuracy']:.1%} ({base['base_low']:.1%} to {base['base_high']:.1%})"
+    rows = [["base", *[""] * len(rates), "", interval, "", "", "", ""]]
+    for name in dict.fromkeys(r["method"] for r in found["rows"]):
+        runs = [r for r in found["rows"] if r["method"] == name]
+        tried = [f"{held_back[name, rate]:.1%}" for rate in rates]
+        rows.append([f"`{name}`", *tried, *_over_seeds(runs)])
+    for r in result("multiply-embedded-long")["rows"]:
+        label = f"`{r['method']}`, {r['steps']} steps of {r['prompts']} x {r['completions']}"
+        rows.append([label, *[""] * len(rates), *_over_seeds([r])])
+    least, most = min(r["low"] for r in found["rows"]), max(r["high"] for r in found["rows"])
+    headings = ["method", *[f"held back, {rate:g}" for rate in rates], "rate chosen", "test (95 %)", "each seed"]
+    first = found["rows"][0]
+    note = (
+        f"\nGreedy accuracy on {first['problems']} problems after {first['steps']} steps of {first['prompts']} prompts "
+        f"x {first['completions']} completions. Held back: {tuned['rows'][0]['problems']} problems, seed 0. Intervals: "
+        f"Student's t over three seeds, else Wilson's over problems; the latter of "
+        f"the single runs lie between {least:.1%} and {most:.1%}. {where(found)}.\n"
+    )
+    return table([*headings, "tokens sampled", "tokens trained", "seconds"], rows) + note
+
+
+def multiply_embedded_hard() -> str:
+    found = result("multiply-embedded-hard")
+    found["rows"].sort(key=lambda r: (r["lr"], r["seed"]))
+    steps = list(found["rows"][0]["curve"])
+    rows = [
+        [f"{r['lr']:g}, seed {r['seed']}", *[f"{r['curve'][step]:.1%}" for step in steps]]
+        + [f"{r[key]:.1%} ({r[f'{of}low']:.1%} to {r[f'{of}high']:.1%})" for key, of in _BEFORE_AND_AFTER]
+        + [f"{100 * r['gain']:+.1f} points ({100 * r['gain_low']:+.1f} to {100 * r['gain_high']:+.1f})"]
+        for r in found["rows"]
+    ]
+    first = found["rows"][0]
+    note = (
+        f"\n`{first['method']}`, greedy; the curve on {first['curve_problems']} held-back problems, the rest on "
+        f"{first['problems']} test problems; intervals over problems (Wilson's, and a paired bootstrap for gains). "
+        f"{where(found)}.\n"
+    )
+    return (
+        table(["rate", *[f"step {step}" for step in steps], "test, before", "test, after", "paired gain"], rows) + note
+    )
+
+
 TABLES = {
     "demo-compare": demo_compare,
     "svamp-first": svamp_first,
@@ -193,6 +258,8 @@ TABLES = {
     "trunk": trunk,
     "decode": decode,
     "w3": w3,
+    "multiply-embedded": multiply_embedded,
+    "multiply-embedded-hard": multiply_embedded_hard,
 }
 
 

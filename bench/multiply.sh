@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Multiplication with the embedded model: some 25 minutes on one core. What is done is not run again.
+#   bench/multiply.sh             everything under runs/, then the result files
+set -euo pipefail
+export OMP_NUM_THREADS=1
+shoestring=(python3 -m shoestring)
+
+# Two digits by two. A rate for each method, by the problems of the split "validation"; then three seeds at that rate,
+# by the test problems. Both lie in one folder, so seed 0 is trained once.
+for method in grpo s-grpo t-spmo; do
+  recipe=recipes/multiply-embedded-$method.toml out=runs/multiply-$method
+  "${shoestring[@]}" sweep "$recipe" --over optim.lr=1e-4,3e-4,1e-3 --seeds 0 --split validation --out "$out"
+  cp "$out/sweep.json" "$out/rates.json"
+  rate=$(python3 bench/multiply.py "$out/rates.json")
+  "${shoestring[@]}" sweep "$recipe" --over "optim.lr=$rate" --seeds 0,1,2 --split test --out "$out"
+done
+
+# More completions, one seed; the rates are not tuned.
+for method in s-grpo t-spmo; do
+  "${shoestring[@]}" sweep "recipes/multiply-embedded-long-$method.toml" --split test --out "runs/multiply-long-$method"
+done
+
+# Three digits by three, before any training.
+"${shoestring[@]}" eval tiny --task multiplication "task.digits=[3, 3]" --k 1,16 --max-new-tokens 128 --json \
+  > runs/multiply-3x3.json
+
+# The hard case: three digits by two, from a model that works everything out and is often wrong.
+[ -e runs/multiply-hard-sft/model ] || "${shoestring[@]}" sft recipes/multiply-embedded-hard-sft.toml
+hard=("${shoestring[@]}" sweep recipes/multiply-embedded-hard.toml --split test --out runs/multiply-hard)
+"${hard[@]}" --over optim.lr=3e-4,1e-3,3e-3 --seeds 0
+cp runs/multiply-hard/sweep.json runs/multiply-hard/rates.json
+"${hard[@]}" --over optim.lr=3e-4 --seeds 0,1,2
+
+python3 bench/multiply.py
