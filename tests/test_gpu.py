@@ -56,7 +56,7 @@ def test_the_gradient_is_the_same_at_three_budgets() -> None:
     groups, credits = made()
     whole = gradient(policy, groups, credits, 10**9, False)
     sizes = set()
-    for memory in ("100MiB", "130MiB", "1GiB"):
+    for memory in ("112MiB", "130MiB", "1GiB"):
         plan = predict({**CONFIG, "memory": memory})
         assert plan.fits
         sizes.add((plan.micro_batch, plan.sizes.checkpointing))
@@ -94,7 +94,7 @@ def gradient(
     return found
 
 
-@pytest.mark.parametrize("memory", ["100MiB", "160MiB"])
+@pytest.mark.parametrize("memory", ["112MiB", "160MiB"])
 def test_no_more_than_the_budget_is_ever_reserved(memory: str) -> None:
     clean()
     train({**CONFIG, "steps": 2, "memory": memory, "eval_every": 1, "evaluation": {"num": 64}}, quiet=True)
