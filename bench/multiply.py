@@ -35,6 +35,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(best_rate(Path(sys.argv[1])))
+        print(best_rate((r["accuracy"], r["optim.lr"]) for r in read(Path(sys.argv[1]))["rows"]))
     else:
         main()

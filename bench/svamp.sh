@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# SVAMP with SmolLM2-135M: bench/results/svamp-smollm2.json and svamp-smollm2-lr.json. What is done is not run again.
-#   bench/svamp.sh [STAGE ...]          stages in order: sft rates seeds passes results; default: all
+# SVAMP with SmolLM2-135M: bench/results/svamp-smollm2-lr.json and svamp-smollm2.json. Rows that are in these files, and
+# runs that are done, are not made again.
+#   bench/svamp.sh [STAGE ...]          in order: sft rates results seeds passes results; default: all
 # The three methods run beside each other on one card, so a run's seconds are not those it takes alone.
 set -euo pipefail
 shoestring=(python3 -m shoestring)
-methods=(grpo s-grpo t-spmo)
 
 # In the background, once for each method; fails if one of them does.
 each() {
   local waiting=() status=0
-  for method in "${methods[@]}"; do "$1" "$method" & waiting+=($!); done
+  for method in grpo s-grpo t-spmo; do "$1" "$method" & waiting+=($!); done
   for process in "${waiting[@]}"; do wait "$process" || status=1; done
   return $status
 }
@@ -21,18 +21,25 @@ sft() { [ -e runs/smollm2-sft/model ] || "${shoestring[@]}" sft recipes/smollm2-
 # A rate for each method, by the held-back training problems.
 rates() { each rates_of; }
 rates_of() {
-  swept "$1" --over optim.lr=1e-4,3e-4,1e-3 --seeds 0 --split validation
+  local missing
+  missing=$(python3 bench/svamp.py rates "$1")
+  [ -z "$missing" ] && return
+  swept "$1" --over "optim.lr=$missing" --seeds 0 --split validation
   cp "runs/svamp-$1/sweep.json" "runs/svamp-$1/rates.json"
 }
 
 # Three seeds at that rate, by the test problems. Both lie in one folder, so seed 0 is trained once.
 seeds() { each seeds_of; }
-seeds_of() { swept "$1" --over "optim.lr=$(python3 bench/svamp.py "runs/svamp-$1/rates.json")" --seeds 0,1,2 --split test; }
+seeds_of() {
+  local missing
+  missing=$(python3 bench/svamp.py seeds "$1")
+  [ -z "$missing" ] || swept "$1" --over "optim.lr=$(python3 bench/svamp.py best "$1")" --seeds "$missing" --split test
+}
 
 # pass@k at temperature 1 of the warm start and of every final run.
 passes() { pass runs/smollm2-sft/model runs/svamp-base.json; each passes_of; }
 passes_of() {
-  for run in $(python3 bench/svamp.py "runs/svamp-$1/sweep.json" runs); do pass "$run" "$run/passes.json"; done
+  for run in $(python3 bench/svamp.py runs "$1"); do pass "$run" "$run/passes.json"; done
 }
 pass() {
   [ -e "$2" ] && return
@@ -42,4 +49,4 @@ pass() {
 
 results() { python3 bench/svamp.py; }
 
-for stage in ${@:-sft rates seeds passes results}; do "$stage"; done
+for stage in ${@:-sft rates results seeds passes results}; do "$stage"; done

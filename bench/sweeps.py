@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,9 @@ def gain(folder: Path, split: str) -> tuple[float, tuple[float, float]]:
     return paired(before, after)
 
 
-def best_rate(sweep: Path) -> float:
-    """Of equals the lowest."""
-    rows = read(sweep)["rows"]
-    return max(rows, key=lambda figures: (figures["accuracy"], -figures["optim.lr"]))["optim.lr"]
+def best_rate(rates: Iterable[tuple[float, float]]) -> float:
+    """Of (accuracy, rate); of equals the lowest rate."""
+    return max(rates, key=lambda pair: (pair[0], -pair[1]))[1]
 
 
 def write(name: str, sweep: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
