@@ -64,6 +64,7 @@ def task(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any
         "gym": {"name": "gym:chain_sum", "num_train": 40, "num_validation": 10, "num_test": 10},
         "file": {"name": "file:rows.jsonl"},
         "hub": {"name": "hub:someone/sums", "validation": 20},
+        "word-problems": {},
         "mixture": {"of": [{"name": "svamp", "data": "d", "validation": 10}, {"name": "gsm8k", "data": "d"}]},
     }
     if request.param == "gym":

@@ -101,7 +101,7 @@ def _problems(config: SftConfig) -> list[Problem]:
         raise ConfigError(
             f"task.name is {config.task.name}",
             "it has no worked solutions to imitate",
-            "use gsm8k, multiplication or file:",
+            "use gsm8k, multiplication, word-problems or file:",
         )
     return solved
 

@@ -10,11 +10,13 @@ from shoestring.tasks.gym import Gym
 from shoestring.tasks.mixture import Mixture
 from shoestring.tasks.multiplication import Multiplication
 from shoestring.tasks.svamp import Svamp
+from shoestring.tasks.word_problems import WordProblems
 
 TASKS: dict[str, type[Any]] = {
     "multiplication": Multiplication,
     "svamp": Svamp,
     "gsm8k": Gsm8k,
+    "word-problems": WordProblems,
     "gym": Gym,
     "file": File,
     "hub": Hub,
