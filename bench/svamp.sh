@@ -14,7 +14,11 @@ each() {
   return $status
 }
 
-swept() { "${shoestring[@]}" sweep "recipes/svamp-smollm2-$1.toml" --out "runs/svamp-$1" "${@:2}"; }
+# A sweep of a method's recipe: svamp-smollm2.toml is that of S-GRPO.
+swept() {
+  local recipe=recipes/svamp-smollm2-$1.toml
+  "${shoestring[@]}" sweep "${recipe/-s-grpo/}" --out "runs/svamp-$1" "${@:2}"
+}
 
 sft() { [ -e runs/smollm2-sft/model ] || "${shoestring[@]}" sft recipes/smollm2-sft.toml; }
 

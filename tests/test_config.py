@@ -88,7 +88,7 @@ def test_a_config_printed_back_is_the_same_config(path: Path | None) -> None:
 
 def test_overrides_reach_nested_keys_and_a_new_name_starts_its_table_afresh() -> None:
     config = load(
-        ROOT / "recipes" / "svamp-smollm2-s-grpo.toml", ["algorithm.name=t-spmo", "optim.betas=[0.8, 0.9]", "model=x/y"]
+        ROOT / "recipes" / "svamp-smollm2.toml", ["algorithm.name=t-spmo", "optim.betas=[0.8, 0.9]", "model=x/y"]
     )
     assert (config.algorithm.name, config.optim.betas, config.model.name) == ("t-spmo", (0.8, 0.9), "x/y")
     assert load(None, ["model=a/b", "model.dtype=fp32"]).model.dtype == "fp32"
