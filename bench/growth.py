@@ -2,11 +2,13 @@
 
     python bench/growth.py OUT [--tiny] [--only group|length|size]
 
+What a growth.json in OUT holds is not measured again.
+
 A step of one workload in which one number changes: completions of a prompt (4 to 64), new tokens (64 to 2,048), size of
 the model (135M, 0.5B, 1.5B, 7B shapes, random weights, bf16). Four prompts of 128 tokens, LoRA r=16 on q and v of the
 last third, ends ignored.
 
-The roofline is what this card reached in this call, in two loops of its own: bytes a second of a large sum, and
+The roofline is what this card reached in this call, in two loops of its own: bytes a second of a large copy, and
 operations a second of a large product in bf16. Sampling: for each token, weights and the cache as it is then are read
 once, or the operations of the products, whichever takes longer; training: the operations of the layers that carry
 gradient and of the head, forward and backward, without what is computed again.
@@ -14,8 +16,10 @@ gradient and of the head, forward and backward, without what is computed again.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,9 +54,9 @@ def fastest(job: Any, runs: int = 5) -> float:
 def reached(tiny: bool) -> tuple[float, float]:
     """Bytes and operations a second of this device."""
     count, size = (2**20, 256) if tiny else (2**31, 8192)
-    numbers = torch.ones(count // 2, dtype=torch.bfloat16, device=DEVICE)
-    square = torch.ones(size, size, dtype=torch.bfloat16, device=DEVICE)
-    bandwidth = numbers.nbytes / fastest(lambda: numbers.view(torch.int32).sum(dtype=torch.int64))
+    numbers, copy = (torch.ones(count // 2, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    square = torch.randn(size, size, device=DEVICE).bfloat16()
+    bandwidth = 2 * numbers.nbytes / fastest(lambda: copy.copy_(numbers))
     return bandwidth, 2 * size**3 / fastest(lambda: square @ square)
 
 
@@ -95,24 +99,25 @@ def config_of(point: dict[str, Any], tiny: bool) -> dict[str, Any]:
 
 def main(out: str, tiny: bool, only: str) -> None:
     assert all(point.get("shape", "tiny") in SHAPES for points in AXES.values() for point in points)
-    bandwidth, operations = reached(tiny)
-    more = {"bytes_per_s": bandwidth, "operations_per_s": operations, "prompts": PROMPTS, "prompt_tokens": PROMPT}
-    rows: list[dict[str, Any]] = []
-    done: dict[tuple[Any, ...], dict[str, Any]] = {}
+    before = Path(out) / "growth.json"
+    found = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {"rows": []}
+    if not found["rows"]:
+        found["bytes_per_s"], found["operations_per_s"] = reached(tiny)
+    more = {key: found[key] for key in ("bytes_per_s", "operations_per_s")}
+    rows: list[dict[str, Any]] = found["rows"]
+    done = {tuple(row[key] for key in BASE): row for row in rows}
     for axis, changes in AXES.items():
-        if only not in ("", axis):
-            continue
-        for change in changes:
+        for change in changes if only in ("", axis) else []:
             point = BASE | change
             if tuple(point.values()) not in done:
                 config = config_of(point, tiny)
-                found = row("shoestring", axis, our_run(config, [config["sampling"]["max_prompt_tokens"]] * PROMPTS))
-                sampling, training = roofline(config, bandwidth, operations)
+                made = row("shoestring", axis, our_run(config, [config["sampling"]["max_prompt_tokens"]] * PROMPTS))
+                sampling, training = roofline(config, *more.values())
                 best = {"roofline_sample_s": sampling, "roofline_train_s": training}
-                both = found["sample_s"] + found["train_s"]
-                done[tuple(point.values())] = found | best | {"times_roofline": both / (sampling + training)}
-            rows.append(done[tuple(point.values())] | {"setting": axis} | point)
-            write(out, "growth", rows, **more)
+                both = made["sample_s"] + made["train_s"]
+                rows.append(made | best | {"times_roofline": both / (sampling + training)} | point)
+                done[tuple(point.values())] = rows[-1]
+                write(out, "growth", rows, **more, prompts=PROMPTS, prompt_tokens=PROMPT)
 
 
 if __name__ == "__main__":
