@@ -20,19 +20,19 @@ from typing import Any
 from common import our_run, random_model, write
 from w1 import our_config, sizes
 
-from shoestring import loop
+from shoestring import budgets
 
 
 def one(started: float, tiny: bool) -> None:
     loaded: list[float] = []
-    load = loop.load_policy
+    load = budgets.loaded
 
     def timed(*values: Any, **named: Any) -> Any:
         policy = load(*values, **named)
         loaded.append(time.time())
         return policy
 
-    loop.load_policy = timed
+    budgets.loaded = timed
     reports = our_run(our_config({}, 0, tiny), [sizes(tiny)[0]] * 16)
     ended = time.time()
     figures = {"model_there_s": loaded[0] - started, "then_to_first_step_s": ended - loaded[0]}
