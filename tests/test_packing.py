@@ -128,6 +128,26 @@ def test_our_own_layers_are_those_of_transformers(family: str, modules: Any, ada
         close(found[on], wanted, 5e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_own_layers_add_to_the_gradients_that_are_there(dtype: torch.dtype) -> None:
+    """Whether they lie joined, as they make them, or apart; a frozen matrix gets none, and any one may be the only
+    trained one."""
+    policy = random_policy(adapter={"modules": "all-linear"}, dtype=dtype)
+    (tree,) = micro_batches(training_rows(*some_step(1)), 10**6, trees=True)
+    once = gradients(policy, [tree])
+    close(gradients(policy, [tree, tree]), {name: 2 * grad for name, grad in once.items()}, 1e-5)
+    for parameter in policy.trained().values():
+        parameter.grad = torch.ones_like(parameter)
+    backward(policy, [tree], 0, [None], OBJECTIVE, 0.9, False)
+    close({name: p.grad - 1 for name, p in policy.trained().items() if p.grad is not None}, once, 1e-5)
+    for trained in ("layers.0.self_attn.k_proj.lora_A", "layers.1.mlp.up_proj.lora_B"):
+        for name, parameter in policy.trained().items():
+            parameter.requires_grad_(trained in name)
+        found = gradients(policy, [tree, tree])
+        assert len(found) == 1
+        close(found, {name: 2 * once[name] for name in found}, 1e-5)
+
+
 @pytest.mark.parametrize("max_tokens", [1, 12, 30, 47, 90])
 @pytest.mark.parametrize("on", [False, True])
 def test_every_cut_gives_the_same_gradient(max_tokens: int, on: bool) -> None:
