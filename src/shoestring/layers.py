@@ -142,16 +142,15 @@ class _Kept(NamedTuple):
     gate_up_inner: Tensor | None
 
 
-def _forward(x: Tensor, layer: Layer, how: Pass) -> tuple[Tensor, _Kept]:
-    """A layer's MLP input and what is kept, up to gate and up."""
+def _forward(x: Tensor, layer: Layer, how: Pass) -> _Kept:
+    """A layer up to gate and up."""
     do, eps = how.decoder.operations, how.decoder.eps
     qkv, qkv_inner = layer.qkv.run(do.norm(x, layer.first_norm, eps), adapted=how.adapted)
     attended = how.attention(qkv, layer)
     out, out_inner = layer.out.run(attended, adapted=how.adapted)
-    middle = x.clone()
-    normed = do.add_norm(middle, out, layer.second_norm, eps)
+    normed = do.add_norm(out, x, layer.second_norm, eps)
     gate_up, gate_up_inner = layer.gate_up.run(normed, adapted=how.adapted)
-    return normed, _Kept(qkv, qkv_inner, attended, out_inner, middle, gate_up, gate_up_inner)
+    return _Kept(qkv, qkv_inner, attended, out_inner, out, gate_up, gate_up_inner)
 
 
 class _Step(torch.autograd.Function):
@@ -159,11 +158,11 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer, how: Pass, trained: nn.Parameter | None) -> Tensor:
-        _, kept = _forward(x, layer, how)
+        kept = _forward(x, layer, how)
         ctx.layer, ctx.how = layer, how
         ctx.save_for_backward(x, *(() if how.recompute else kept))
         down, _ = layer.down.run(how.decoder.operations.swiglu(kept.gate_up), adapted=how.adapted)
-        return kept.middle + down
+        return down.add_(kept.middle)
 
     @staticmethod
     @once_differentiable
@@ -171,7 +170,7 @@ class _Step(torch.autograd.Function):
         (grad,) = grad_outputs
         layer, how = ctx.layer, ctx.how
         x, *saved = ctx.saved_tensors
-        kept = _Kept(*saved) if saved else _forward(x, layer, how)[1]
+        kept = _Kept(*saved) if saved else _forward(x, layer, how)
         middle = _back_through_mlp(grad, kept, layer, how)
         kept = kept._replace(middle=x, gate_up=x, gate_up_inner=None)  # these are done with
         del saved
@@ -215,19 +214,19 @@ def _back_through_attention(
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotary embedding of a copy."""
+    """Rotary embedding of queries and keys."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, how: Pass) -> Tensor:
         ctx.how = how
-        return how.decoder.operations.rotate(qkv.clone(), how.paths.positions, how.decoder.heads)
+        return how.decoder.operations.rotate(qkv, how.paths.positions, how.decoder.heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
         how = ctx.how
         grad = grad_outputs[0].contiguous()
-        return how.decoder.operations.rotate(grad, how.paths.positions, how.decoder.heads, back=True), None
+        return how.decoder.operations.rotate_back(grad, how.paths.positions, how.decoder.heads), None
 
 
 class _Norm(torch.autograd.Function):

@@ -120,19 +120,26 @@ def norm_back(grad, x, weight, add, out, grad_stride, x_stride, add_stride, widt
 
 
 @triton.jit
-def rotate(qk, positions, inv_freq, stride, scaling, sign, D: tl.constexpr):
+def rotate(
+    qkv, out, positions, inv_freq, stride, out_stride, scaling, sign,
+    TURNED: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """HEADS heads of a row from `qkv` to `out`, the first TURNED of them rotated."""
     row = tl.program_id(0).to(tl.int64)
     half: tl.constexpr = D // 2
     cols = tl.arange(0, half)
-    dtype: tl.constexpr = qk.dtype.element_ty
-    at = qk + row * stride + tl.program_id(1) * D
-    low = tl.load(at + cols).to(tl.float32)
-    high = tl.load(at + half + cols).to(tl.float32)
+    head = tl.arange(0, PADDED)[:, None]
+    dtype: tl.constexpr = out.dtype.element_ty
     angle = tl.load(positions + row).to(tl.float32) * tl.load(inv_freq + cols)
-    cos = (tl.cos(angle) * scaling).to(dtype).to(tl.float32)
-    sin = (tl.sin(angle) * scaling).to(dtype).to(tl.float32) * sign
-    tl.store(at + cols, (low * cos - high * sin).to(dtype))
-    tl.store(at + half + cols, (high * cos + low * sin).to(dtype))
+    cos = (tl.cos(angle) * scaling).to(dtype).to(tl.float32)[None, :]
+    sin = (tl.sin(angle) * scaling).to(dtype).to(tl.float32)[None, :] * sign
+    place = head * D + cols[None, :]
+    low = tl.load(qkv + row * stride + place, head < HEADS, 0.0).to(tl.float32)
+    high = tl.load(qkv + row * stride + place + half, head < HEADS, 0.0).to(tl.float32)
+    new_low = tl.where(head < TURNED, low * cos - high * sin, low)
+    new_high = tl.where(head < TURNED, high * cos + low * sin, high)
+    tl.store(out + row * out_stride + place, new_low.to(dtype), head < HEADS)
+    tl.store(out + row * out_stride + place + half, new_high.to(dtype), head < HEADS)
 
 
 @triton.jit

@@ -165,9 +165,13 @@ class Operations(Protocol):
         """`add` and the gradient of x in `norm`, from that of its output. [B, H] each."""
         ...
 
-    def rotate(self, qk: Tensor, positions: Tensor, heads: Heads, *, back: bool = False) -> Tensor:
-        """Rotary embedding (arXiv 2104.09864), in place, of the queries and keys at the head of each row, at positions
-        [B]: [B, (heads + kv) D] or more. `back` turns the other way."""
+    def rotate(self, qkv: Tensor, positions: Tensor, heads: Heads) -> Tensor:
+        """A copy of queries, keys and values, [B, (heads + 2 kv) D], with rotary embedding (arXiv 2104.09864) of the
+        first two, at positions [B]."""
+        ...
+
+    def rotate_back(self, grad: Tensor, positions: Tensor, heads: Heads) -> Tensor:
+        """Overwrites the gradient of `rotate`'s output with that of its input."""
         ...
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
@@ -283,13 +287,19 @@ class Plain:
         along = (pulled * wide).mean(-1, keepdim=True)
         return add + (scale * (pulled - wide * scale.square() * along)).to(x.dtype)
 
-    def rotate(self, qk: Tensor, positions: Tensor, heads: Heads, *, back: bool = False) -> Tensor:
+    def rotate(self, qkv: Tensor, positions: Tensor, heads: Heads) -> Tensor:
+        return self._turned(qkv.clone(), positions, heads, 1)
+
+    def rotate_back(self, grad: Tensor, positions: Tensor, heads: Heads) -> Tensor:
+        return self._turned(grad, positions, heads, -1)
+
+    def _turned(self, qkv: Tensor, positions: Tensor, heads: Heads, sign: int) -> Tensor:
         if self._turn is None or self._turn[0] is not positions:
-            self._turn = positions, *_turn(positions, heads, qk.dtype)
+            self._turn = positions, *_turn(positions, heads, qkv.dtype)
         _, cos, sin = self._turn
-        turned = qk[:, : (heads.heads + heads.kv_heads) * heads.head_dim].unflatten(-1, (-1, heads.head_dim))
-        turned.copy_(_rotated(turned, cos, -sin if back else sin))
-        return qk
+        qk = qkv[:, : (heads.heads + heads.kv_heads) * heads.head_dim].unflatten(-1, (-1, heads.head_dim))
+        qk.copy_(_rotated(qk, cos, sin if sign > 0 else -sin))
+        return qkv
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
@@ -475,13 +485,20 @@ class Fused:
         )  # fmt: skip
         return out
 
-    def rotate(self, qk: Tensor, positions: Tensor, heads: Heads, *, back: bool = False) -> Tensor:
-        count = heads.heads + heads.kv_heads
-        kernels().rotate[(len(qk), count)](
-            qk, positions, heads.inv_freq, qk.stride(0), heads.scaling, -1.0 if back else 1.0,
-            D=heads.head_dim, num_warps=1,
+    def rotate(self, qkv: Tensor, positions: Tensor, heads: Heads) -> Tensor:
+        return self._turned(qkv, torch.empty_like(qkv), positions, heads, 1)
+
+    def rotate_back(self, grad: Tensor, positions: Tensor, heads: Heads) -> Tensor:
+        return self._turned(grad, grad, positions, heads, -1)
+
+    def _turned(self, qkv: Tensor, out: Tensor, positions: Tensor, heads: Heads, sign: float) -> Tensor:
+        turned = heads.heads + heads.kv_heads
+        count = turned if out is qkv else turned + heads.kv_heads
+        kernels().rotate[(len(qkv),)](
+            qkv, out, positions, heads.inv_freq, qkv.stride(0), out.stride(0), heads.scaling, sign,
+            TURNED=turned, HEADS=count, PADDED=_power(count), D=heads.head_dim, num_warps=4,
         )  # fmt: skip
-        return qk
+        return out
 
     def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> Tensor:
         count, width = grad.shape
