@@ -11,11 +11,11 @@ import torch
 
 from shoestring import layers
 from shoestring.batch import collate, training_rows
-from shoestring.optim import backward
+from shoestring.optim import backward, update
 from shoestring.packing import TREE_MODELS, cost, cut_tree, pack_rows
 from shoestring.pieces import micro_batches, size
 from shoestring.policy import Policy
-from shoestring.samplers.decoder import MODELS
+from shoestring.samplers.decoder import MODELS, Decoder
 from shoestring.types import Batch, Completion, Credit, Group, Problem, Prompt
 from test_policy import OBJECTIVE, close
 from tiny import prompt, random_policy
@@ -157,6 +157,25 @@ def test_every_cut_gives_the_same_gradient(max_tokens: int, on: bool) -> None:
     cuts = micro_batches(rows, max_tokens, trees=True)
     close(gradients(policy, cuts, beta=0.1, on=on), whole, 5e-5)
     assert all(size(cut) <= max_tokens or len(cut.problem_ids) == 1 for cut in cuts)
+
+
+def test_weights_are_taken_over_once_for_all_micro_batches_of_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = random_policy()
+    batches = micro_batches(training_rows(*some_step(3), beta=0.1), 40, trees=True)
+    assert len(batches) > 2
+    optimizer = torch.optim.AdamW(policy.trained().values(), lr=0.1)
+    seen: list[bool] = []
+    real = Decoder.sync
+    policy.decoder  # noqa: B018  # has its first weights
+    monkeypatch.setattr(Decoder, "sync", lambda self: seen.append(True) or real(self))
+    settings: Any = {"temperature": 1.0, "max_grad_norm": 1.0, "checkpointing": False}
+    objective = OBJECTIVE.model_copy(update={"beta": 0.1, "updates": 2})
+    assert update(policy, optimizer, batches, objective, **settings).applied
+    assert len(seen) == 2
+    found = policy.logprobs(batches[0])
+    assert len(seen) == 3
+    policy.own_layers = False
+    torch.testing.assert_close(found, policy.logprobs(batches[0]), atol=5e-5, rtol=0)
 
 
 def test_cuts_are_filled_as_far_as_they_go() -> None:
