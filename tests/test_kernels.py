@@ -49,7 +49,11 @@ def test_the_way_back_through_a_norm(dtype: torch.dtype) -> None:
     leaf = x.clone().requires_grad_()
     (wanted,) = torch.autograd.grad(Plain().norm(leaf, weight, 1e-6), leaf, grad)
     for do in (Plain(), Fused()):
-        close(do.norm_back(grad, x, weight, 1e-6, add), wanted + add)
+        given = grad.clone()
+        close(do.norm_back(given, x, weight, 1e-6, add), wanted + add)
+        assert torch.equal(given, grad)
+        close(do.norm_back(given, x, weight, 1e-6, add, again=True), wanted + add)
+        close(given, Plain().norm(x, weight, 1e-6))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -59,8 +63,10 @@ def test_the_way_back_through_swiglu(dtype: torch.dtype) -> None:
     leaf = whole[:, : 2 * 1100].clone().requires_grad_()
     (wanted,) = torch.autograd.grad(Plain().swiglu(leaf), leaf, grad)
     for do in (Plain(), Fused()):
-        given = whole.clone()
-        close(do.swiglu_back(grad, given[:, : 2 * 1100]), wanted)
+        given, pulled = whole.clone(), grad.clone()
+        do.swiglu_back(pulled, given[:, : 2 * 1100])
+        close(given[:, : 2 * 1100], wanted)
+        close(pulled, Plain().swiglu(whole[:, : 2 * 1100]))
         assert torch.equal(given[:, 2 * 1100 :], whole[:, 2 * 1100 :])
 
 

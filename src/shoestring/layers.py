@@ -181,20 +181,19 @@ class _Step(torch.autograd.Function):
 def _back_through_mlp(grad: Tensor, kept: _Kept, layer: Layer, how: Pass) -> Tensor:
     """The gradient of the residual stream in front of the MLP."""
     do, eps = how.decoder.operations, how.decoder.eps
-    inner: Tensor | None = None
-    active = grad
-    if layer.down.parts and how.adapted:
-        active = do.swiglu(kept.gate_up)
-        inner = layer.down.inner(active)
-    pulled = layer.down.back(grad, active, inner)
-    del active, inner
-    assert pulled is not None
-    of_gate_up = do.swiglu_back(pulled, kept.gate_up)
-    del pulled
-    normed = do.norm(kept.middle, layer.second_norm, eps) if kept.gate_up_inner is not None else grad
-    pulled = layer.gate_up.back(of_gate_up, normed, kept.gate_up_inner)
-    assert pulled is not None
-    return do.norm_back(pulled, kept.middle, layer.second_norm, eps, grad)
+    active, of_inner = layer.down.back(grad, adapted=how.adapted)
+    assert active is not None
+    do.swiglu_back(active, kept.gate_up)  # which are their gradients from here on
+    if of_inner is not None:
+        layer.down.add_gradients(grad, of_inner, active, layer.down.inner(active))
+    del active
+    normed, of_inner = layer.gate_up.back(kept.gate_up, adapted=how.adapted)
+    assert normed is not None
+    found = do.norm_back(normed, kept.middle, layer.second_norm, eps, grad, again=of_inner is not None)
+    if of_inner is not None:
+        assert kept.gate_up_inner is not None
+        layer.gate_up.add_gradients(kept.gate_up, of_inner, normed, kept.gate_up_inner)
+    return found
 
 
 def _back_through_attention(
@@ -202,15 +201,24 @@ def _back_through_attention(
 ) -> Tensor | None:
     """The gradient of a layer's input, if it goes `through`."""
     do, eps = how.decoder.operations, how.decoder.eps
-    pulled = layer.out.back(grad, kept.attended, kept.out_inner)
+    pulled, of_inner = layer.out.back(grad, adapted=how.adapted)
+    if of_inner is not None:
+        assert kept.out_inner is not None
+        layer.out.add_gradients(grad, of_inner, kept.attended, kept.out_inner)
     with torch.enable_grad():
         leaf = kept.qkv.detach().requires_grad_()
         attended = how.attention(leaf, layer)
     (of_qkv,) = torch.autograd.grad(attended, leaf, pulled)
     del attended, leaf, pulled
-    normed = do.norm(x, layer.first_norm, eps) if kept.qkv_inner is not None else x
-    pulled = layer.qkv.back(of_qkv, normed, kept.qkv_inner, through=through)
-    return do.norm_back(pulled, x, layer.first_norm, eps, grad) if pulled is not None else None
+    normed, of_inner = layer.qkv.back(of_qkv, adapted=how.adapted, through=through)
+    found = None
+    if normed is not None:
+        found = do.norm_back(normed, x, layer.first_norm, eps, grad, again=of_inner is not None)
+    if of_inner is not None:
+        assert kept.qkv_inner is not None
+        normed = normed if normed is not None else do.norm(x, layer.first_norm, eps)
+        layer.qkv.add_gradients(of_qkv, of_inner, normed, kept.qkv_inner)
+    return found
 
 
 class _Rotate(torch.autograd.Function):

@@ -100,23 +100,30 @@ def swiglu_back(grad, gate_up, grad_stride, stride, width, BLOCK: tl.constexpr):
     gate = tl.load(gate_up + row * stride + cols, mask, 0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + width + cols, mask, 0.0).to(tl.float32)
     share = 1 / (1 + tl.exp(-gate))
+    active = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(grad + row * grad_stride + cols, (active * up).to(dtype), mask)
     tl.store(gate_up + row * stride + cols, (pulled * up * share * (1 + gate * (1 - share))).to(dtype), mask)
     tl.store(gate_up + row * stride + width + cols, (pulled * gate * share).to(dtype), mask)
 
 
 @triton.jit
-def norm_back(grad, x, weight, add, out, grad_stride, x_stride, add_stride, width, eps, BLOCK: tl.constexpr):
+def norm_back(
+    grad, x, weight, add, out, grad_stride, x_stride, add_stride, width, eps, AGAIN: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < width
     wide = tl.load(x + row * x_stride + cols, mask, 0.0).to(tl.float32)
-    pulled = tl.load(grad + row * grad_stride + cols, mask, 0.0).to(tl.float32)
-    pulled = pulled * tl.load(weight + cols, mask, 0.0).to(tl.float32)
+    gain = tl.load(weight + cols, mask, 0.0).to(tl.float32)
+    pulled = gain * tl.load(grad + row * grad_stride + cols, mask, 0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
     along = tl.sum(pulled * wide, 0) / width
     found = scale * (pulled - wide * (scale * scale * along))
     more = tl.load(add + row * add_stride + cols, mask, 0.0).to(tl.float32)
     tl.store(out + row * width + cols, (more + found).to(out.dtype.element_ty), mask)
+    if AGAIN:
+        normed = (wide * scale).to(x.dtype.element_ty).to(tl.float32)
+        tl.store(grad + row * grad_stride + cols, (gain * normed).to(grad.dtype.element_ty), mask)
 
 
 @triton.jit

@@ -172,20 +172,23 @@ class Product:
         """What A gives, [B, tail]."""
         return F.linear(x, self.down)
 
-    def back(self, grad: Tensor, x: Tensor, inner: Tensor | None, *, through: bool = True) -> Tensor | None:
-        """From the gradient of the product, [B, outs], that of x, [B, in] (unless not `through`). Those of each A and B
-        are added to the parameters' own."""
+    def back(self, grad: Tensor, *, adapted: bool = True, through: bool = True) -> tuple[Tensor | None, Tensor | None]:
+        """From the gradient of the product, [B, outs], that of x, [B, in] (unless not `through`), and that of what A
+        gave, [B, tail], if there is an adapter."""
         found = self._back_through(grad) if through else None
-        if inner is None:
-            return found
+        if not (self._tail and adapted):
+            return found, None
         pulled = grad @ self.up
         if found is not None:
             found.addmm_(pulled, self.down)
+        return found, pulled
+
+    def add_gradients(self, grad: Tensor, pulled: Tensor, x: Tensor, inner: Tensor) -> None:
+        """Adds those of each A and B to the parameters' own, from those of the product and of what A gave."""
         ranks = sum(len(a) for _, a, *_ in self._parts)
         _add_gradient([a for _, a, *_ in self._parts], pulled[:, :ranks].T, x)
         for (out, rank), (*_, b, scaling) in zip(self._blocks, self._parts, strict=True):
             _add_gradient([b], grad[:, out].T, inner[:, rank], scaling)
-        return found
 
     def _back_through(self, grad: Tensor) -> Tensor:
         """[B, in], through the base weights."""

@@ -161,8 +161,11 @@ class Operations(Protocol):
         """`swiglu` of the product of gate and up: [B, I] of [B, H]."""
         ...
 
-    def norm_back(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor) -> Tensor:
-        """`add` and the gradient of x in `norm`, from that of its output. [B, H] each."""
+    def norm_back(
+        self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor, *, again: bool = False
+    ) -> Tensor:
+        """`add` and the gradient of x in `norm`, from that of its output. [B, H] each. `again` overwrites `grad` with
+        that output."""
         ...
 
     def rotate(self, qkv: Tensor, positions: Tensor, heads: Heads) -> Tensor:
@@ -178,8 +181,9 @@ class Operations(Protocol):
         """silu(gate) up, [B, I], of [B, 2 I]."""
         ...
 
-    def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> Tensor:
-        """Overwrites gate and up, [B, 2 I], with their gradients, from that of `swiglu`'s output, [B, I]."""
+    def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> None:
+        """Overwrites gate and up, [B, 2 I], with their gradients, from that of `swiglu`'s output, [B, I], and `grad`
+        with that output."""
         ...
 
     def pick(self, logits: Tensor, rows: Tensor, table: Table, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -281,10 +285,14 @@ class Plain:
     def gated(self, x: Tensor, product: Product) -> Tensor:
         return self.swiglu(product(x))
 
-    def norm_back(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor) -> Tensor:
+    def norm_back(
+        self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor, *, again: bool = False
+    ) -> Tensor:
         wide, pulled = _wide(x), _wide(grad) * _wide(weight)
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         along = (pulled * wide).mean(-1, keepdim=True)
+        if again:
+            grad.copy_(self.norm(x, weight, eps))
         return add + (scale * (pulled - wide * scale.square() * along)).to(x.dtype)
 
     def rotate(self, qkv: Tensor, positions: Tensor, heads: Heads) -> Tensor:
@@ -305,14 +313,15 @@ class Plain:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
-    def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> Tensor:
+    def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> None:
         gate, up = gate_up.chunk(2, -1)
         wide = _wide(gate)
         share = wide.sigmoid()
+        active = self.swiglu(gate_up)
         of_gate = _wide(grad) * _wide(up) * share * (1 + wide * (1 - share))
         up.copy_(_wide(grad) * wide * share)
         gate.copy_(of_gate)
-        return gate_up
+        grad.copy_(active)
 
     def pick(self, logits: Tensor, rows: Tensor, table: Table, sampling: Sampling) -> tuple[Tensor, Tensor]:
         return draw(logits, table.uniform[rows, _next(table, rows)], sampling)
@@ -475,12 +484,14 @@ class Fused:
         )  # fmt: skip
         return out
 
-    def norm_back(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor) -> Tensor:
+    def norm_back(
+        self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor, *, again: bool = False
+    ) -> Tensor:
         out = torch.empty_like(x)
         count, width = x.shape
         block = _power(width)
         kernels().norm_back[(count,)](
-            grad, x, weight, add, out, grad.stride(0), x.stride(0), add.stride(0), width, eps, BLOCK=block,
+            grad, x, weight, add, out, grad.stride(0), x.stride(0), add.stride(0), width, eps, AGAIN=again, BLOCK=block,
             num_warps=8 if block > 1024 else 4,
         )  # fmt: skip
         return out
@@ -500,12 +511,11 @@ class Fused:
         )  # fmt: skip
         return out
 
-    def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> Tensor:
+    def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> None:
         count, width = grad.shape
         kernels().swiglu_back[(count, -(-width // 1024))](
             grad, gate_up, grad.stride(0), gate_up.stride(0), width, BLOCK=1024, num_warps=4
         )
-        return gate_up
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         count, width = gate_up.shape[0], gate_up.shape[1] // 2
