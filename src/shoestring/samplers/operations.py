@@ -317,9 +317,9 @@ class Plain:
         gate, up = gate_up.chunk(2, -1)
         wide = _wide(gate)
         share = wide.sigmoid()
-        active = self.swiglu(gate_up)
         of_gate = _wide(grad) * _wide(up) * share * (1 + wide * (1 - share))
-        up.copy_(_wide(grad) * wide * share)
+        active = self.swiglu(gate_up)
+        up.copy_((_wide(grad) * wide).mul_(share))
         gate.copy_(of_gate)
         grad.copy_(active)
 
