@@ -49,7 +49,11 @@ def test_the_way_back_through_a_norm(dtype: torch.dtype) -> None:
     leaf = x.clone().requires_grad_()
     (wanted,) = torch.autograd.grad(Plain().norm(leaf, weight, 1e-6), leaf, grad)
     for do in (Plain(), Fused()):
-        close(do.norm_back(grad, x, weight, 1e-6, add), wanted + add)
+        given = grad.clone()
+        close(do.norm_back(given, x, weight, 1e-6, add), wanted + add)
+        assert torch.equal(given, grad)
+        close(do.norm_back(given, x, weight, 1e-6, add, again=True), wanted + add)
+        close(given, Plain().norm(x, weight, 1e-6))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -59,25 +63,29 @@ def test_the_way_back_through_swiglu(dtype: torch.dtype) -> None:
     leaf = whole[:, : 2 * 1100].clone().requires_grad_()
     (wanted,) = torch.autograd.grad(Plain().swiglu(leaf), leaf, grad)
     for do in (Plain(), Fused()):
-        given = whole.clone()
-        close(do.swiglu_back(grad, given[:, : 2 * 1100]), wanted)
+        given, pulled = whole.clone(), grad.clone()
+        do.swiglu_back(pulled, given[:, : 2 * 1100])
+        close(given[:, : 2 * 1100], wanted)
+        close(pulled, Plain().swiglu(whole[:, : 2 * 1100]))
         assert torch.equal(given[:, 2 * 1100 :], whole[:, 2 * 1100 :])
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_rotation_there_and_back(dtype: torch.dtype) -> None:
-    heads = heads_of(6, 2, 16)
+    heads = heads_of(7, 2, 16)
     positions = torch.tensor([0, 1, 70, 71], device=DEVICE)
-    whole = normal(4, 10 * 16 + 8, dtype=dtype)
-    a, b = whole.clone(), whole.clone()
-    close(Fused().rotate(a[:, :160], positions, heads), Plain().rotate(b[:, :160], positions, heads))
-    assert torch.equal(a[:, 128:], whole[:, 128:])
-    grad = normal(4, 160, seed=3, dtype=dtype)
-    found, wanted = grad.clone(), grad.clone()
-    close(Fused().rotate(found, positions, heads, back=True), Plain().rotate(wanted, positions, heads, back=True))
+    given = normal(4, 11 * 16 + 8, dtype=dtype)[:, : 11 * 16]
+    before, turned = given.clone(), 9 * 16
+    found, wanted = Fused().rotate(given, positions, heads), Plain().rotate(given, positions, heads)
+    close(found, wanted)
+    assert torch.equal(given, before)
+    assert torch.equal(found[:, turned:], given[:, turned:])
+    grad = normal(4, 11 * 16, seed=3, dtype=dtype)
+    back, wanted = grad.clone(), grad.clone()
+    close(Fused().rotate_back(back, positions, heads), Plain().rotate_back(wanted, positions, heads))
+    assert torch.equal(back[:, turned:], grad[:, turned:])
     if dtype == torch.float32:  # <R x, g> = <x, R^T g>
-        along = ((a[:, :128] * grad[:, :128]).sum(), (whole[:, :128] * found[:, :128]).sum())
-        torch.testing.assert_close(*along, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close((found * grad).sum(), (given * back).sum(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -11,11 +11,11 @@ import torch
 
 from shoestring import layers
 from shoestring.batch import collate, training_rows
-from shoestring.optim import backward
+from shoestring.optim import backward, update
 from shoestring.packing import TREE_MODELS, cost, cut_tree, pack_rows
 from shoestring.pieces import micro_batches, size
 from shoestring.policy import Policy
-from shoestring.samplers.decoder import MODELS
+from shoestring.samplers.decoder import MODELS, Decoder
 from shoestring.types import Batch, Completion, Credit, Group, Problem, Prompt
 from test_policy import OBJECTIVE, close
 from tiny import prompt, random_policy
@@ -128,6 +128,26 @@ def test_our_own_layers_are_those_of_transformers(family: str, modules: Any, ada
         close(found[on], wanted, 5e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_own_layers_add_to_the_gradients_that_are_there(dtype: torch.dtype) -> None:
+    """Whether they lie joined, as they make them, or apart; a frozen matrix gets none, and any one may be the only
+    trained one."""
+    policy = random_policy(adapter={"modules": "all-linear"}, dtype=dtype)
+    (tree,) = micro_batches(training_rows(*some_step(1)), 10**6, trees=True)
+    once = gradients(policy, [tree])
+    close(gradients(policy, [tree, tree]), {name: 2 * grad for name, grad in once.items()}, 1e-5)
+    for parameter in policy.trained().values():
+        parameter.grad = torch.ones_like(parameter)
+    backward(policy, [tree], 0, [None], OBJECTIVE, 0.9, False)
+    close({name: p.grad - 1 for name, p in policy.trained().items() if p.grad is not None}, once, 1e-5)
+    for trained in ("layers.0.self_attn.k_proj.lora_A", "layers.1.mlp.up_proj.lora_B"):
+        for name, parameter in policy.trained().items():
+            parameter.requires_grad_(trained in name)
+        found = gradients(policy, [tree, tree])
+        assert len(found) == 1
+        close(found, {name: 2 * once[name] for name in found}, 1e-5)
+
+
 @pytest.mark.parametrize("max_tokens", [1, 12, 30, 47, 90])
 @pytest.mark.parametrize("on", [False, True])
 def test_every_cut_gives_the_same_gradient(max_tokens: int, on: bool) -> None:
@@ -137,6 +157,25 @@ def test_every_cut_gives_the_same_gradient(max_tokens: int, on: bool) -> None:
     cuts = micro_batches(rows, max_tokens, trees=True)
     close(gradients(policy, cuts, beta=0.1, on=on), whole, 5e-5)
     assert all(size(cut) <= max_tokens or len(cut.problem_ids) == 1 for cut in cuts)
+
+
+def test_weights_are_taken_over_once_for_all_micro_batches_of_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = random_policy()
+    batches = micro_batches(training_rows(*some_step(3), beta=0.1), 40, trees=True)
+    assert len(batches) > 2
+    optimizer = torch.optim.AdamW(policy.trained().values(), lr=0.1)
+    seen: list[bool] = []
+    real = Decoder.sync
+    policy.decoder  # noqa: B018  # has its first weights
+    monkeypatch.setattr(Decoder, "sync", lambda self: seen.append(True) or real(self))
+    settings: Any = {"temperature": 1.0, "max_grad_norm": 1.0, "checkpointing": False}
+    objective = OBJECTIVE.model_copy(update={"beta": 0.1, "updates": 2})
+    assert update(policy, optimizer, batches, objective, **settings).applied
+    assert len(seen) == 2
+    found = policy.logprobs(batches[0])
+    assert len(seen) == 3
+    policy.own_layers = False
+    torch.testing.assert_close(found, policy.logprobs(batches[0]), atol=5e-5, rtol=0)
 
 
 def test_cuts_are_filled_as_far_as_they_go() -> None:

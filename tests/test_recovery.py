@@ -28,7 +28,7 @@ from shoestring.policy import Policy, load_policy
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.types import Credit, Group
 from test_policy import close, gradients
-from tiny import prompt
+from tiny import prompt, random_policy
 
 NEEDS_TORCHAO = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs the extra full")
 
@@ -541,6 +541,24 @@ def test_half_a_step_is_never_saved(plant: Any, monkeypatch: pytest.MonkeyPatch)
         run(steps=2, save_every=0)
     if checkpoint.latest(Path("run")) is not None:
         assert_same_tensors(tensors("run", 1), tensors("one", 1))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_is_copied_where_memory_may_run_out_behind_its_first_change(fused: bool) -> None:
+    """Not with one update of an optimizer that takes no memory, as the fused one on a GPU once its state is there."""
+    policy = random_policy()
+    optimizer = torch.optim.AdamW(policy.trained().values(), fused=fused)
+
+    def copied(updates: int) -> bool:
+        with pieces.Snapshot.taken(policy, optimizer, updates) as before:
+            return bool(before._weights)
+
+    assert copied(1)
+    for parameter in policy.trained().values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert copied(1) != fused
+    assert copied(2)
 
 
 def test_in_the_first_step_there_is_nothing_to_save_and_the_same_command_works_later(plant: Any) -> None:

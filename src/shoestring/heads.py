@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shoestring import kernels
+from shoestring.products import add_product
 
 # Elements of a logits tile (32 MiB in fp32), and its rows at most. On an H100 half of it takes twice the time, since
 # launches dominate; twice of it three quarters. Logits of at most 2^20 elements are kept for the backward pass: that
@@ -371,7 +372,7 @@ class _Pull:
         for rows in _slices(len(self.hidden), self.tile[0]):
             total = _wide(grad_hidden[rows])
             for columns in _slices(len(self.weight), self.tile[1]):
-                _add_product(total, self.to_logits(rows, columns), self.weight[columns])
+                add_product(total, self.to_logits(rows, columns), self.weight[columns])
             grad_hidden[rows] = total
         return grad_hidden
 
@@ -399,25 +400,14 @@ class _Pull:
         for rows in every:
             grad = self.to_logits(rows, columns)
             if grad_hidden is not None:
-                _add_product(grad_hidden[rows], grad, self.weight[columns])
+                add_product(grad_hidden[rows], grad, self.weight[columns])
             if total is not None:
-                _add_product(total, grad.T, self.hidden[rows])
+                add_product(total, grad.T, self.hidden[rows])
             if grad_bias is not None:
                 grad_bias[columns] += grad.sum(0, dtype=grad_bias.dtype)
             del grad
         if grad_weight is not None and total is not None:
             grad_weight[columns] = total
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, [n, m] and [m, k], as a rule fp32 += bf16 bf16."""
-    b = b.to(a.dtype)
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda and torch.version.cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # the product is not rounded
-    else:
-        total.add_(a @ b)
 
 
 def _place(target: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:

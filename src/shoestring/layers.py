@@ -78,7 +78,7 @@ class Pass(NamedTuple):
     def run(self, x: Tensor, layers: Sequence[Layer]) -> Tensor:
         """The residual stream, [T, H], behind these layers."""
         for layer in layers:
-            x = _Step.apply(x, layer, self, *parameters(layer))  # type: ignore[assignment]
+            x = _Step.apply(x, layer, self, _trained(layer))  # type: ignore[assignment]
         return x
 
     def last_norm(self, x: Tensor) -> Tensor:
@@ -122,10 +122,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor) -> Tensor:
     return (weights.view(blocks, kv, -1, width) @ v).view(blocks, heads, width, size)
 
 
-def parameters(layer: Layer) -> list[nn.Parameter]:
-    """A and B of each adapted module."""
+def _trained(layer: Layer) -> nn.Parameter | None:
+    """One of a layer's trained matrices: for it autograd comes back to a layer whose input needs no gradient."""
     products = (layer.qkv, layer.out, layer.gate_up, layer.down)
-    return [matrix for product in products for _, a, _, b, _ in product.parts for matrix in (a, b)]
+    matrices = (matrix for product in products for _, a, _, b, _ in product.parts for matrix in (a, b))
+    return next((matrix for matrix in matrices if matrix.requires_grad), None)
 
 
 class _Kept(NamedTuple):
@@ -141,28 +142,27 @@ class _Kept(NamedTuple):
     gate_up_inner: Tensor | None
 
 
-def _forward(x: Tensor, layer: Layer, how: Pass) -> tuple[Tensor, _Kept]:
-    """A layer's MLP input and what is kept, up to gate and up."""
+def _forward(x: Tensor, layer: Layer, how: Pass) -> _Kept:
+    """A layer up to gate and up."""
     do, eps = how.decoder.operations, how.decoder.eps
     qkv, qkv_inner = layer.qkv.run(do.norm(x, layer.first_norm, eps), adapted=how.adapted)
     attended = how.attention(qkv, layer)
     out, out_inner = layer.out.run(attended, adapted=how.adapted)
-    middle = x.clone()
-    normed = do.add_norm(middle, out, layer.second_norm, eps)
+    normed = do.add_norm(out, x, layer.second_norm, eps)
     gate_up, gate_up_inner = layer.gate_up.run(normed, adapted=how.adapted)
-    return normed, _Kept(qkv, qkv_inner, attended, out_inner, middle, gate_up, gate_up_inner)
+    return _Kept(qkv, qkv_inner, attended, out_inner, out, gate_up, gate_up_inner)
 
 
 class _Step(torch.autograd.Function):
-    """One decoder layer, [T, H] to [T, H]."""
+    """One decoder layer, [T, H] to [T, H]. Its way back adds the adapter's gradients to the parameters' own."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer, how: Pass, *matrices: nn.Parameter) -> Tensor:
-        _, kept = _forward(x, layer, how)
+    def forward(ctx: Any, x: Tensor, layer: Layer, how: Pass, trained: nn.Parameter | None) -> Tensor:
+        kept = _forward(x, layer, how)
         ctx.layer, ctx.how = layer, how
         ctx.save_for_backward(x, *(() if how.recompute else kept))
         down, _ = layer.down.run(how.decoder.operations.swiglu(kept.gate_up), adapted=how.adapted)
-        return kept.middle + down
+        return down.add_(kept.middle)
 
     @staticmethod
     @once_differentiable
@@ -170,64 +170,71 @@ class _Step(torch.autograd.Function):
         (grad,) = grad_outputs
         layer, how = ctx.layer, ctx.how
         x, *saved = ctx.saved_tensors
-        kept = _Kept(*saved) if saved else _forward(x, layer, how)[1]
-        middle, of_mlp = _back_through_mlp(grad, kept, layer, how)
+        kept = _Kept(*saved) if saved else _forward(x, layer, how)
+        middle = _back_through_mlp(grad, kept, layer, how)
         kept = kept._replace(middle=x, gate_up=x, gate_up_inner=None)  # these are done with
         del saved
-        found, of_attention = _back_through_attention(middle, x, kept, layer, how, through=ctx.needs_input_grad[0])
-        return found, None, None, *of_attention, *of_mlp
+        found = _back_through_attention(middle, x, kept, layer, how, through=ctx.needs_input_grad[0])
+        return found, None, None, None
 
 
-def _back_through_mlp(grad: Tensor, kept: _Kept, layer: Layer, how: Pass) -> tuple[Tensor, list[Tensor]]:
-    """The gradient of the residual stream in front of the MLP, and those of its adapters."""
+def _back_through_mlp(grad: Tensor, kept: _Kept, layer: Layer, how: Pass) -> Tensor:
+    """The gradient of the residual stream in front of the MLP."""
     do, eps = how.decoder.operations, how.decoder.eps
-    inner: Tensor | None = None
-    active = grad
-    if layer.down.parts and how.adapted:
-        active = do.swiglu(kept.gate_up)
-        inner = layer.down.inner(active)
-    pulled, of_down = layer.down.back(grad, active, inner)
-    del active, inner
-    assert pulled is not None
-    of_gate_up = do.swiglu_back(pulled, kept.gate_up)
-    del pulled
-    normed = do.norm(kept.middle, layer.second_norm, eps) if kept.gate_up_inner is not None else grad
-    pulled, of_parts = layer.gate_up.back(of_gate_up, normed, kept.gate_up_inner)
-    assert pulled is not None
-    return do.norm_back(pulled, kept.middle, layer.second_norm, eps, grad), of_parts + of_down
+    active, of_inner = layer.down.back(grad, adapted=how.adapted)
+    assert active is not None
+    do.swiglu_back(active, kept.gate_up)  # which are their gradients from here on
+    if of_inner is not None:
+        layer.down.add_gradients(grad, of_inner, active, layer.down.inner(active))
+    del active
+    normed, of_inner = layer.gate_up.back(kept.gate_up, adapted=how.adapted)
+    assert normed is not None
+    found = do.norm_back(normed, kept.middle, layer.second_norm, eps, grad, again=of_inner is not None)
+    if of_inner is not None:
+        assert kept.gate_up_inner is not None
+        layer.gate_up.add_gradients(kept.gate_up, of_inner, normed, kept.gate_up_inner)
+    return found
 
 
 def _back_through_attention(
     grad: Tensor, x: Tensor, kept: _Kept, layer: Layer, how: Pass, *, through: bool
-) -> tuple[Tensor | None, list[Tensor]]:
-    """The gradient of a layer's input (if it goes `through`), and those of its adapters in front of the MLP."""
+) -> Tensor | None:
+    """The gradient of a layer's input, if it goes `through`."""
     do, eps = how.decoder.operations, how.decoder.eps
-    pulled, of_out = layer.out.back(grad, kept.attended, kept.out_inner)
+    pulled, of_inner = layer.out.back(grad, adapted=how.adapted)
+    if of_inner is not None:
+        assert kept.out_inner is not None
+        layer.out.add_gradients(grad, of_inner, kept.attended, kept.out_inner)
     with torch.enable_grad():
         leaf = kept.qkv.detach().requires_grad_()
         attended = how.attention(leaf, layer)
     (of_qkv,) = torch.autograd.grad(attended, leaf, pulled)
     del attended, leaf, pulled
-    normed = do.norm(x, layer.first_norm, eps) if kept.qkv_inner is not None else x
-    pulled, of_parts = layer.qkv.back(of_qkv, normed, kept.qkv_inner, through=through)
-    found = do.norm_back(pulled, x, layer.first_norm, eps, grad) if pulled is not None else None
-    return found, of_parts + of_out
+    normed, of_inner = layer.qkv.back(of_qkv, adapted=how.adapted, through=through)
+    found = None
+    if normed is not None:
+        found = do.norm_back(normed, x, layer.first_norm, eps, grad, again=of_inner is not None)
+    if of_inner is not None:
+        assert kept.qkv_inner is not None
+        normed = normed if normed is not None else do.norm(x, layer.first_norm, eps)
+        layer.qkv.add_gradients(of_qkv, of_inner, normed, kept.qkv_inner)
+    return found
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotary embedding of a copy."""
+    """Rotary embedding of queries and keys."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, how: Pass) -> Tensor:
         ctx.how = how
-        return how.decoder.operations.rotate(qkv.clone(), how.paths.positions, how.decoder.heads)
+        return how.decoder.operations.rotate(qkv, how.paths.positions, how.decoder.heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
         how = ctx.how
         grad = grad_outputs[0].contiguous()
-        return how.decoder.operations.rotate(grad, how.paths.positions, how.decoder.heads, back=True), None
+        return how.decoder.operations.rotate_back(grad, how.paths.positions, how.decoder.heads), None
 
 
 class _Norm(torch.autograd.Function):

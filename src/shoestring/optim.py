@@ -112,7 +112,9 @@ def update(
     tokens = max(sum(len(batch.row) for batch in batches), 1)
     report = UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False)
     for number in range(objective.updates):
-        sums = [backward(policy, batches, i, old, objective, temperature, checkpointing) for i in range(len(batches))]
+        with policy.unchanged():
+            every = range(len(batches))
+            sums = [backward(policy, batches, i, old, objective, temperature, checkpointing) for i in every]
         loss, kl, clipped, gap, importance, capped = torch.stack(sums).double().sum(0).tolist()
         unscale(parameters, _scale(policy))
         if objective.l2:

@@ -26,6 +26,14 @@ def in_fp32(parameters: Sequence[nn.Parameter], **options: Any) -> torch.optim.O
     return torch.optim.AdamW(parameters, **options, fused=fused or None)
 
 
+def takes_no_memory(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step needs none beside what is there, and so cannot run out of it half-way: torch's fused AdamW, once
+    its state is made."""
+    groups = optimizer.param_groups
+    fused = isinstance(optimizer, torch.optim.AdamW) and all(group["fused"] for group in groups)
+    return fused and all(parameter in optimizer.state for group in groups for parameter in group["params"])
+
+
 def in_8_bits(parameters: Sequence[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
     """torchao's 8-bit AdamW (arXiv 2110.02861): moments in blocks of 256 with one scale each, fp32 arithmetic, bf16
     weights rounded by chance. The moments of a weight under 4096 values, or of a number of them that is no multiple of

@@ -16,6 +16,7 @@ from shoestring.checkpoint import Pieces, moments
 from shoestring.config import RunConfig
 from shoestring.memory import OutOfMemory, is_out_of_memory, shrinking, size_text
 from shoestring.optim import UpdateReport, backward, set_learning_rate, update
+from shoestring.optimizers import takes_no_memory
 from shoestring.packing import cost, cut_tree, pack_rows
 from shoestring.policy import Policy
 from shoestring.samplers.base import Sampling
@@ -23,8 +24,8 @@ from shoestring.types import Batch, Credit, Group, Prompt, Trunk
 
 T = TypeVar("T")
 
-# Trained weights and optimizer state above this are not copied before each step: an error inside the optimizer's own
-# step is then final.
+# Trained weights and optimizer state above this are not copied before a step: an error inside the optimizer's own step
+# is then final.
 _COPIED = 2**30
 
 
@@ -34,7 +35,8 @@ class HalfAStep(OutOfMemory):
 
 @dataclass
 class Snapshot:
-    """Trained weights and optimizer state as they were, on the host; empty where they are too large to copy."""
+    """Trained weights and optimizer state as they were, on the host; empty where they are too large to copy, or where
+    memory cannot run out once they change."""
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -44,12 +46,14 @@ class Snapshot:
 
     @classmethod
     @contextmanager
-    def taken(cls, policy: Policy, optimizer: torch.optim.Optimizer) -> Iterator[Snapshot]:
+    def taken(cls, policy: Policy, optimizer: torch.optim.Optimizer, updates: int) -> Iterator[Snapshot]:
+        """For so many optimizer steps, each behind a backward pass."""
         parameters = policy.trained()
         own = cls(parameters, optimizer)
-        state = moments(parameters, optimizer)
-        if sum(t.nbytes for t in (*parameters.values(), *state.values())) <= _COPIED:
-            own._weights, own._moments = _on_host(parameters), _on_host(state)
+        if updates > 1 or not takes_no_memory(optimizer):
+            state = moments(parameters, optimizer)
+            if sum(t.nbytes for t in (*parameters.values(), *state.values())) <= _COPIED:
+                own._weights, own._moments = _on_host(parameters), _on_host(state)
         handle = optimizer.register_step_pre_hook(lambda *_: own.begun.append(True))
         try:
             yield own
@@ -105,7 +109,7 @@ def train_in_pieces(
         return UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False), batches
     longest = max(len(row.token_ids) for row in rows)
     most = sum(size(batch) for batch in batches)
-    with Snapshot.taken(policy, optimizer) as before:
+    with Snapshot.taken(policy, optimizer, config.objective.updates) as before:
 
         def attempt(max_tokens: int) -> tuple[UpdateReport, list[Batch]]:
             torch.manual_seed(seed)  # rounding by chance draws from torch's own generators

@@ -80,7 +80,7 @@ class Policy:
         self.plain = False
         """Whether training goes through transformers, row by row: the reference of all that is faster."""
         self._decoder: Decoder | None = None
-        self._as_reference = self._recompute = False
+        self._as_reference = self._recompute = self._taken_over = False
         self.name = name
         self.eos_ids = _eos_ids(base, tokenizer)
         self.context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
@@ -155,8 +155,9 @@ class Policy:
         """The same by the layers of `shoestring.layers`."""
         assert batch.paths is not None
         decoder, first = self.decoder, self.first_gradient_layer
-        decoder.sync()
         blocks, adapted = blocks_of(batch.paths), not self._as_reference
+        if adapted and not self._taken_over:
+            decoder.sync()
         layers = Pass(decoder, batch.paths, adapted, blocks, recompute=self._recompute)
         if batch.trunk:
             x = torch.cat(batch.trunk)
@@ -178,6 +179,17 @@ class Policy:
         if self._decoder is None or not self._decoder.intact():
             self._decoder = Decoder(self)
         return self._decoder
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Inside, trained weights stay as they are, so that our own layers take them over once."""
+        if self.own_layers:
+            self.decoder.sync()
+        self._taken_over = True
+        try:
+            yield
+        finally:
+            self._taken_over = False
 
     @property
     def takes_trees(self) -> bool:

@@ -100,39 +100,53 @@ def swiglu_back(grad, gate_up, grad_stride, stride, width, BLOCK: tl.constexpr):
     gate = tl.load(gate_up + row * stride + cols, mask, 0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + width + cols, mask, 0.0).to(tl.float32)
     share = 1 / (1 + tl.exp(-gate))
+    active = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(grad + row * grad_stride + cols, (active * up).to(dtype), mask)
     tl.store(gate_up + row * stride + cols, (pulled * up * share * (1 + gate * (1 - share))).to(dtype), mask)
     tl.store(gate_up + row * stride + width + cols, (pulled * gate * share).to(dtype), mask)
 
 
 @triton.jit
-def norm_back(grad, x, weight, add, out, grad_stride, x_stride, add_stride, width, eps, BLOCK: tl.constexpr):
+def norm_back(
+    grad, x, weight, add, out, grad_stride, x_stride, add_stride, width, eps, AGAIN: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < width
     wide = tl.load(x + row * x_stride + cols, mask, 0.0).to(tl.float32)
-    pulled = tl.load(grad + row * grad_stride + cols, mask, 0.0).to(tl.float32)
-    pulled = pulled * tl.load(weight + cols, mask, 0.0).to(tl.float32)
+    gain = tl.load(weight + cols, mask, 0.0).to(tl.float32)
+    pulled = gain * tl.load(grad + row * grad_stride + cols, mask, 0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
     along = tl.sum(pulled * wide, 0) / width
     found = scale * (pulled - wide * (scale * scale * along))
     more = tl.load(add + row * add_stride + cols, mask, 0.0).to(tl.float32)
     tl.store(out + row * width + cols, (more + found).to(out.dtype.element_ty), mask)
+    if AGAIN:
+        normed = (wide * scale).to(x.dtype.element_ty).to(tl.float32)
+        tl.store(grad + row * grad_stride + cols, (gain * normed).to(grad.dtype.element_ty), mask)
 
 
 @triton.jit
-def rotate(qk, positions, inv_freq, stride, scaling, sign, D: tl.constexpr):
+def rotate(
+    qkv, out, positions, inv_freq, stride, out_stride, scaling, sign,
+    TURNED: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """HEADS heads of a row from `qkv` to `out`, the first TURNED of them rotated."""
     row = tl.program_id(0).to(tl.int64)
     half: tl.constexpr = D // 2
     cols = tl.arange(0, half)
-    dtype: tl.constexpr = qk.dtype.element_ty
-    at = qk + row * stride + tl.program_id(1) * D
-    low = tl.load(at + cols).to(tl.float32)
-    high = tl.load(at + half + cols).to(tl.float32)
+    head = tl.arange(0, PADDED)[:, None]
+    dtype: tl.constexpr = out.dtype.element_ty
     angle = tl.load(positions + row).to(tl.float32) * tl.load(inv_freq + cols)
-    cos = (tl.cos(angle) * scaling).to(dtype).to(tl.float32)
-    sin = (tl.sin(angle) * scaling).to(dtype).to(tl.float32) * sign
-    tl.store(at + cols, (low * cos - high * sin).to(dtype))
-    tl.store(at + half + cols, (high * cos + low * sin).to(dtype))
+    cos = (tl.cos(angle) * scaling).to(dtype).to(tl.float32)[None, :]
+    sin = (tl.sin(angle) * scaling).to(dtype).to(tl.float32)[None, :] * sign
+    place = head * D + cols[None, :]
+    low = tl.load(qkv + row * stride + place, head < HEADS, 0.0).to(tl.float32)
+    high = tl.load(qkv + row * stride + place + half, head < HEADS, 0.0).to(tl.float32)
+    new_low = tl.where(head < TURNED, low * cos - high * sin, low)
+    new_high = tl.where(head < TURNED, high * cos + low * sin, high)
+    tl.store(out + row * out_stride + place, new_low.to(dtype), head < HEADS)
+    tl.store(out + row * out_stride + place + half, new_high.to(dtype), head < HEADS)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shoestring.products import add_product
 from shoestring.samplers.base import Sampling
 from shoestring.samplers.operations import Fused, Heads, Operations, Plain, Table
 
@@ -129,14 +130,14 @@ class Product:
     def _cut(self, modules: Sequence[Any]) -> list[tuple[Tensor, nn.Parameter, Tensor, nn.Parameter, float]]:
         """Where each adapter's A and B go: (rows of `down`, A, block of `up`, B, scaling)."""
         parts, out, rank = [], 0, 0
-        self._blocks: list[tuple[slice, slice, float]] = []
+        self._blocks: list[tuple[slice, slice]] = []
         for module in modules:
             size = _base(module).out_features
             thin = _thin(module)
             if thin is not None:
-                ranks = slice(rank, rank + len(thin.down))
-                self._blocks.append((slice(out, out + size), ranks, thin.scaling))
-                parts.append((self.down[ranks], thin.down, self.up[out : out + size, ranks], thin.up, thin.scaling))
+                outs, ranks = slice(out, out + size), slice(rank, rank + len(thin.down))
+                self._blocks.append((outs, ranks))
+                parts.append((self.down[ranks], thin.down, self.up[outs, ranks], thin.up, thin.scaling))
                 rank += len(thin.down)
             out += size
         return parts
@@ -171,24 +172,23 @@ class Product:
         """What A gives, [B, tail]."""
         return F.linear(x, self.down)
 
-    def back(
-        self, grad: Tensor, x: Tensor, inner: Tensor | None, *, through: bool = True
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """From the gradient of the product, [B, outs], that of x, [B, in] (unless not `through`), and those of each A
-        and B, in the order of `parts`."""
+    def back(self, grad: Tensor, *, adapted: bool = True, through: bool = True) -> tuple[Tensor | None, Tensor | None]:
+        """From the gradient of the product, [B, outs], that of x, [B, in] (unless not `through`), and that of what A
+        gave, [B, tail], if there is an adapter."""
         found = self._back_through(grad) if through else None
-        if inner is None:
-            return found, []
+        if not (self._tail and adapted):
+            return found, None
         pulled = grad @ self.up
-        of_down, of_up = _in_fp32(pulled.T, x), _in_fp32(grad.T, inner)
         if found is not None:
             found.addmm_(pulled, self.down)
-        if len({scaling for *_, scaling in self._blocks}) == 1:
-            of_up.mul_(self._blocks[0][2])
-        else:
-            for out, rank, scaling in self._blocks:
-                of_up[out, rank].mul_(scaling)
-        return found, [part for out, rank, _ in self._blocks for part in (of_down[rank], of_up[out, rank])]
+        return found, pulled
+
+    def add_gradients(self, grad: Tensor, pulled: Tensor, x: Tensor, inner: Tensor) -> None:
+        """Adds those of each A and B to the parameters' own, from those of the product and of what A gave."""
+        ranks = sum(len(a) for _, a, *_ in self._parts)
+        _add_gradient([a for _, a, *_ in self._parts], pulled[:, :ranks].T, x)
+        for (out, rank), (*_, b, scaling) in zip(self._blocks, self._parts, strict=True):
+            _add_gradient([b], grad[:, out].T, inner[:, rank], scaling)
 
     def _back_through(self, grad: Tensor) -> Tensor:
         """[B, in], through the base weights."""
@@ -205,14 +205,21 @@ class Product:
         return total
 
 
-def _in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, as the product adds it up."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
+def _add_gradient(parameters: Sequence[nn.Parameter], a: Tensor, b: Tensor, scaling: float = 1.0) -> None:
+    """Adds scaling a b, whose rows are those of the parameters, to their gradients, which come to lie joined."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if len(grads) == len(parameters):
+        total = _joined(grads) if len(grads) > 1 else grads[0]
+        add_product(total, a, b, scale=scaling)
+        return
+    total = a.new_empty(len(a), b.shape[1], dtype=parameters[0].dtype)
+    add_product(total, a, b, scale=scaling, fresh=True)
+    for parameter, rows in zip(parameters, total.split([len(parameter) for parameter in parameters]), strict=True):
+        if parameter.requires_grad:
+            parameter.grad = rows if parameter.grad is None else parameter.grad + rows
 
 
-def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
+def _joined(parts: Sequence[Tensor]) -> Tensor:
     """One storage for tensors of [n, ...] each, which become its rows. It has the size of what it takes the place of,
     so that the next layer's fits where this one's lay."""
     first = parts[0].data
@@ -222,8 +229,8 @@ def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
     return _shared_out(torch.cat([part.data for part in parts]), parts)
 
 
-def _shared_out(joined: Tensor, parts: Sequence[nn.Parameter]) -> Tensor:
-    """Makes the parameters the rows of `joined`, which holds what they do."""
+def _shared_out(joined: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Makes the parts the rows of `joined`, which holds what they do."""
     for part, rows in zip(parts, joined.split([len(part) for part in parts]), strict=True):
         part.data = rows
     return joined

@@ -161,21 +161,29 @@ class Operations(Protocol):
         """`swiglu` of the product of gate and up: [B, I] of [B, H]."""
         ...
 
-    def norm_back(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor) -> Tensor:
-        """`add` and the gradient of x in `norm`, from that of its output. [B, H] each."""
+    def norm_back(
+        self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor, *, again: bool = False
+    ) -> Tensor:
+        """`add` and the gradient of x in `norm`, from that of its output. [B, H] each. `again` overwrites `grad` with
+        that output."""
         ...
 
-    def rotate(self, qk: Tensor, positions: Tensor, heads: Heads, *, back: bool = False) -> Tensor:
-        """Rotary embedding (arXiv 2104.09864), in place, of the queries and keys at the head of each row, at positions
-        [B]: [B, (heads + kv) D] or more. `back` turns the other way."""
+    def rotate(self, qkv: Tensor, positions: Tensor, heads: Heads) -> Tensor:
+        """A copy of queries, keys and values, [B, (heads + 2 kv) D], with rotary embedding (arXiv 2104.09864) of the
+        first two, at positions [B]."""
+        ...
+
+    def rotate_back(self, grad: Tensor, positions: Tensor, heads: Heads) -> Tensor:
+        """Overwrites the gradient of `rotate`'s output with that of its input."""
         ...
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """silu(gate) up, [B, I], of [B, 2 I]."""
         ...
 
-    def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> Tensor:
-        """Overwrites gate and up, [B, 2 I], with their gradients, from that of `swiglu`'s output, [B, I]."""
+    def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> None:
+        """Overwrites gate and up, [B, 2 I], with their gradients, from that of `swiglu`'s output, [B, I], and `grad`
+        with that output."""
         ...
 
     def pick(self, logits: Tensor, rows: Tensor, table: Table, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -277,32 +285,43 @@ class Plain:
     def gated(self, x: Tensor, product: Product) -> Tensor:
         return self.swiglu(product(x))
 
-    def norm_back(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor) -> Tensor:
+    def norm_back(
+        self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor, *, again: bool = False
+    ) -> Tensor:
         wide, pulled = _wide(x), _wide(grad) * _wide(weight)
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         along = (pulled * wide).mean(-1, keepdim=True)
+        if again:
+            grad.copy_(self.norm(x, weight, eps))
         return add + (scale * (pulled - wide * scale.square() * along)).to(x.dtype)
 
-    def rotate(self, qk: Tensor, positions: Tensor, heads: Heads, *, back: bool = False) -> Tensor:
+    def rotate(self, qkv: Tensor, positions: Tensor, heads: Heads) -> Tensor:
+        return self._turned(qkv.clone(), positions, heads, 1)
+
+    def rotate_back(self, grad: Tensor, positions: Tensor, heads: Heads) -> Tensor:
+        return self._turned(grad, positions, heads, -1)
+
+    def _turned(self, qkv: Tensor, positions: Tensor, heads: Heads, sign: int) -> Tensor:
         if self._turn is None or self._turn[0] is not positions:
-            self._turn = positions, *_turn(positions, heads, qk.dtype)
+            self._turn = positions, *_turn(positions, heads, qkv.dtype)
         _, cos, sin = self._turn
-        turned = qk[:, : (heads.heads + heads.kv_heads) * heads.head_dim].unflatten(-1, (-1, heads.head_dim))
-        turned.copy_(_rotated(turned, cos, -sin if back else sin))
-        return qk
+        qk = qkv[:, : (heads.heads + heads.kv_heads) * heads.head_dim].unflatten(-1, (-1, heads.head_dim))
+        qk.copy_(_rotated(qk, cos, sin if sign > 0 else -sin))
+        return qkv
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
-    def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> Tensor:
+    def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> None:
         gate, up = gate_up.chunk(2, -1)
         wide = _wide(gate)
         share = wide.sigmoid()
         of_gate = _wide(grad) * _wide(up) * share * (1 + wide * (1 - share))
-        up.copy_(_wide(grad) * wide * share)
+        active = self.swiglu(gate_up)
+        up.copy_((_wide(grad) * wide).mul_(share))
         gate.copy_(of_gate)
-        return gate_up
+        grad.copy_(active)
 
     def pick(self, logits: Tensor, rows: Tensor, table: Table, sampling: Sampling) -> tuple[Tensor, Tensor]:
         return draw(logits, table.uniform[rows, _next(table, rows)], sampling)
@@ -465,30 +484,38 @@ class Fused:
         )  # fmt: skip
         return out
 
-    def norm_back(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor) -> Tensor:
+    def norm_back(
+        self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor, *, again: bool = False
+    ) -> Tensor:
         out = torch.empty_like(x)
         count, width = x.shape
         block = _power(width)
         kernels().norm_back[(count,)](
-            grad, x, weight, add, out, grad.stride(0), x.stride(0), add.stride(0), width, eps, BLOCK=block,
+            grad, x, weight, add, out, grad.stride(0), x.stride(0), add.stride(0), width, eps, AGAIN=again, BLOCK=block,
             num_warps=8 if block > 1024 else 4,
         )  # fmt: skip
         return out
 
-    def rotate(self, qk: Tensor, positions: Tensor, heads: Heads, *, back: bool = False) -> Tensor:
-        count = heads.heads + heads.kv_heads
-        kernels().rotate[(len(qk), count)](
-            qk, positions, heads.inv_freq, qk.stride(0), heads.scaling, -1.0 if back else 1.0,
-            D=heads.head_dim, num_warps=1,
-        )  # fmt: skip
-        return qk
+    def rotate(self, qkv: Tensor, positions: Tensor, heads: Heads) -> Tensor:
+        return self._turned(qkv, torch.empty_like(qkv), positions, heads, 1)
 
-    def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> Tensor:
+    def rotate_back(self, grad: Tensor, positions: Tensor, heads: Heads) -> Tensor:
+        return self._turned(grad, grad, positions, heads, -1)
+
+    def _turned(self, qkv: Tensor, out: Tensor, positions: Tensor, heads: Heads, sign: float) -> Tensor:
+        turned = heads.heads + heads.kv_heads
+        count = turned if out is qkv else turned + heads.kv_heads
+        kernels().rotate[(len(qkv),)](
+            qkv, out, positions, heads.inv_freq, qkv.stride(0), out.stride(0), heads.scaling, sign,
+            TURNED=turned, HEADS=count, PADDED=_power(count), D=heads.head_dim, num_warps=4,
+        )  # fmt: skip
+        return out
+
+    def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> None:
         count, width = grad.shape
         kernels().swiglu_back[(count, -(-width // 1024))](
             grad, gate_up, grad.stride(0), gate_up.stride(0), width, BLOCK=1024, num_warps=4
         )
-        return gate_up
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         count, width = gate_up.shape[0], gate_up.shape[1] // 2
