@@ -1,5 +1,5 @@
-"""Credit assignment: the worked numbers of GRPO, S-GRPO and T-SPMO, what must hold for any group, and the contract of
-every entry of the table."""
+"""Credit assignment: the worked numbers of GRPO, S-GRPO, T-SPMO and the entropy filter, what must hold for any group,
+and the contract of every entry of the table."""
 
 import dataclasses
 from collections import defaultdict
@@ -26,13 +26,31 @@ REWARDS = (1.0, 0.0, 0.0, 1.0)
 
 def make_group(completions, rewards, truncated=()):
     """A group of token sequences (a string counts as one token a letter), of which those at `truncated` were cut
-    off."""
+    off. A token's entropy follows from its id."""
     ids = [tuple(map(ord, c)) if isinstance(c, str) else tuple(c) for c in completions]
     return Group(
         Prompt(Problem("p", "", ""), (1, 2, 3), 3),
-        tuple(Completion(c, (-1.0,) * len(c), "length" if i in truncated else "end") for i, c in enumerate(ids)),
+        tuple(
+            Completion(
+                c,
+                (-1.0,) * len(c),
+                "length" if i in truncated else "end",
+                entropies=tuple(token * 37 % 101 / 100 for token in c),
+            )
+            for i, c in enumerate(ids)
+        ),
         tuple(Score(reward) for reward in rewards),
     )
+
+
+def with_entropies(*rows, rewards=REWARDS, truncated=()):
+    """Completions whose tokens have these entropies."""
+    group = of_lengths(*map(len, rows), rewards=rewards, truncated=truncated)
+    completions = [
+        dataclasses.replace(completion, entropies=tuple(row))
+        for completion, row in zip(group.completions, rows, strict=True)
+    ]
+    return dataclasses.replace(group, completions=tuple(completions))
 
 
 def of_lengths(*lengths, rewards=REWARDS, truncated=()):
@@ -232,6 +250,101 @@ def test_s_grpo_draws_anew_for_each_row_and_seed():
 def test_s_grpo_refuses_alpha_beyond_k():
     with pytest.raises(ConfigError, match="alpha at most k"):
         pick(ALGORITHMS, "algorithm", {"name": "s-grpo", "alpha": 5, "k": 4})
+
+
+# --- the entropy filter ---------------------------------------------------------------------------------------------
+
+SPREADS = ([1.5, 0.1, 1.3], [0.2, 0.4], [], [0.6, 0.5, 0.9, 0.0, 0.8])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [(0, 0), (0, 2)]),  # 0.2 of ten tokens; two completions have none
+        ({"fraction": 0.4}, [(0, 0), (0, 2), (3, 2), (3, 4)]),
+        ({"fraction": 0.46}, [(0, 0), (0, 2), (3, 0), (3, 2), (3, 4)]),  # 4.6 are 5
+        ({"fraction": 0.01}, [(0, 0)]),
+        ({"k": 1}, [(0, 0), (1, 1), (3, 2)]),
+        ({"k": 2}, [(0, 0), (0, 2), (1, 0), (1, 1), (3, 2), (3, 4)]),
+    ],
+)
+def test_entropy_filter_selection_example(settings, expected):
+    assert places(credit(with_entropies(*SPREADS), "entropy-filter", **settings)) == expected
+
+
+def test_entropy_filter_credit_example():
+    """Each selected token has its completion's advantage, and a share of its completion's quarter."""
+    found = credit(with_entropies(*SPREADS), "entropy-filter", fraction=0.46)
+    assert by_row(found, found.advantage) == [[near(0.866024)], [near(0.866024)]]
+    assert found.weight.tolist() == near([1 / 8] * 2 + [1 / 12] * 3)
+    assert found.kl_weight is None
+
+
+@pytest.mark.parametrize("settings", [{"fraction": 0.5}, {"k": 2}])
+def test_entropy_filter_takes_the_earlier_of_equals(settings):
+    group = with_entropies([0.7] * 4, [0.7] * 2, rewards=[1.0, 0.0])
+    expected = {"fraction": [(0, 0), (0, 1), (0, 2)], "k": [(0, 0), (0, 1), (1, 0), (1, 1)]}
+    assert places(credit(group, "entropy-filter", **settings)) == expected[next(iter(settings))]
+
+
+def test_entropy_filter_does_not_count_completions_that_are_left_out():
+    """Of the ten tokens the five of the last completion stay, and 0.4 of these are two."""
+    group = with_entropies(*SPREADS, truncated=(0, 1))
+    found = credit(group, "entropy-filter", fraction=0.4, mask_truncated=True)
+    assert places(found) == [(3, 2), (3, 4)]
+    assert found.weight.tolist() == near([1 / 8] * 2)
+    everything = with_entropies(*SPREADS, truncated=range(4))
+    assert not places(credit(everything, "entropy-filter", mask_truncated=True))
+
+
+@pytest.mark.parametrize("everything", [{"fraction": 1.0}, {"k": 90}])
+@pytest.mark.parametrize("extra", [{}, {"mask_truncated": True}, {"advantage": "centred"}, {"eps": 1e-4}])
+@pytest.mark.parametrize("lengths", [(7, 3, 12, 1), (5, 0, 50, 2)])
+def test_entropy_filter_that_selects_everything_is_grpo(everything, extra, lengths):
+    group = of_lengths(*lengths, rewards=(0.2, 1.0, 0.0, 0.7), truncated=(2,))
+    ours, theirs = credit(group, "entropy-filter", **everything, **extra), credit(group, "grpo", **extra)
+    for name in ("row", "col", "advantage", "weight"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+@no_deadline
+@given(st.lists(st.lists(st.sampled_from([0.0, 0.3, 0.3000001, 1.2]), max_size=6), min_size=2, max_size=5), st.data())
+def test_entropy_filter_selects_the_highest(rows, data):
+    """No token that is left out has a higher entropy than one that is in."""
+    k = data.draw(st.none() | st.integers(1, 7), "k")
+    settings = {"fraction": data.draw(st.floats(0.01, 1), "fraction")} if k is None else {"k": k}
+    group = with_entropies(*rows, rewards=[0.0] * len(rows))
+    chosen = set(places(credit(group, "entropy-filter", **settings)))
+    every = {(row, col): value for row, values in enumerate(rows) for col, value in enumerate(values)}
+    for row in range(len(rows)) if k else [None]:
+        here = {place: value for place, value in every.items() if row in (None, place[0])}
+        inside = [value for place, value in here.items() if place in chosen]
+        outside = [value for place, value in here.items() if place not in chosen]
+        assert max(outside, default=0.0) <= min(inside, default=1.2)
+        count = min(k, len(here)) if k else max(round(settings["fraction"] * len(here)), min(len(here), 1))
+        assert len(inside) == count
+
+
+def test_entropy_filter_takes_a_fraction_or_a_number():
+    both = {"name": "entropy-filter", "fraction": 0.2, "k": 8}
+    with pytest.raises(
+        ConfigError, match=r"algorithm\.fraction is 0\.2 and algorithm\.k is 8; .*; write one of the two"
+    ):
+        pick(ALGORITHMS, "algorithm", both)
+    with pytest.raises(ConfigError, match=r"algorithm\.fraction is None and algorithm\.k is None"):
+        pick(ALGORITHMS, "algorithm", {"name": "entropy-filter", "fraction": None})
+    given_k = ALGORITHMS["entropy-filter"](k=8)
+    assert (given_k.fraction, given_k.k) == (None, 8)
+    assert ALGORITHMS["entropy-filter"](**given_k.model_dump(exclude_none=True)) == given_k
+
+
+def test_entropy_filter_refuses_completions_without_entropies():
+    bare = with_entropies([0.5, 0.2], [0.1], rewards=[1.0, 0.0])
+    bare = dataclasses.replace(
+        bare, completions=(bare.completions[0], dataclasses.replace(bare.completions[1], entropies=()))
+    )
+    with pytest.raises(ConfigError, match=r"0 entropies for 1 tokens; .* selects tokens by them; use sampler\.name"):
+        credit(bare, "entropy-filter")
 
 
 # --- edge cases of GRPO and S-GRPO ----------------------------------------------------------------------------------

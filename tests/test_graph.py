@@ -11,7 +11,8 @@ import torch
 from shoestring.batch import collate
 from shoestring.errors import ConfigError
 from shoestring.memory import OutOfMemory
-from shoestring.policy import Policy, to_device
+from shoestring.models import ModelSettings
+from shoestring.policy import Policy, load_policy, to_device
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.samplers.decoder import MODELS, unsupported
 from shoestring.samplers.graph import LADDER, GraphEngine, prompts_at_once
@@ -35,10 +36,11 @@ def flat(groups: list[tuple[Completion, ...]]) -> list[Completion]:
 
 
 def assert_same(found: list[tuple[Completion, ...]], wanted: list[tuple[Completion, ...]]) -> None:
-    """The same tokens; log-probs within 1e-4."""
+    """The same tokens; log-probs and entropies within 1e-4."""
     for a, b in zip(flat(found), flat(wanted), strict=True):
         assert (a.token_ids, a.stop) == (b.token_ids, b.stop)
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.tensor(a.entropies), torch.tensor(b.entropies), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -107,6 +109,27 @@ def test_completions_come_and_go(rows: int) -> None:
     lengths = {len(c.token_ids) for c in flat(wanted)}
     assert {1, 14} < lengths
     assert_same(engine.sample(prompts, num=4, sampling=sampling, seed=3), wanted)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_entropies_as_completions_come_and_go(temperature: float) -> None:
+    """With the embedded model, in a table that was made for a sampling without them and then grows; a rehearsal before
+    it does no harm. They are those of the model's own logits."""
+    policy = load_policy(ModelSettings(dtype="fp32"), device=DEVICE)
+    sampling = Sampling(max_new_tokens=24, temperature=temperature, entropy=True)
+    engine = GraphEngine(policy, wave_tokens=5 * 60)
+    engine.sample(PROMPTS[:2], num=2, sampling=Sampling(max_new_tokens=4), seed=1)
+    engine.rehearse(PROMPTS, num=4, sampling=sampling)
+    for prompts, seed in ((PROMPTS[:3], 2), (PROMPTS, 3)):
+        found = engine.sample(prompts, num=4, sampling=sampling, seed=seed)
+        wanted = HfEngine(policy).sample(prompts, num=4, sampling=sampling, seed=seed)
+        assert_same(found, wanted)
+        for p, c in ((p, c) for p, group in zip(prompts, found, strict=True) for c in group):
+            ids = torch.tensor([p.token_ids + c.token_ids[:-1]], device=policy.device)
+            with torch.no_grad():
+                logits = policy.base(ids).logits[0, len(p.token_ids) - 1 :].cpu()
+            own = torch.distributions.Categorical(logits=logits / (temperature or 1.0)).entropy()
+            torch.testing.assert_close(torch.tensor(c.entropies), own, atol=1e-4, rtol=0)
 
 
 def test_groups_are_handed_over_as_they_are_complete() -> None:

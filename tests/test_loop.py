@@ -21,6 +21,9 @@ from shoestring import checkpoint as checkpoints
 from shoestring.errors import NonFiniteError
 from shoestring.loop import order
 from shoestring.policy import Policy
+from shoestring.samplers.base import Sampling
+from shoestring.samplers.hf import HfEngine
+from shoestring.types import Completion
 
 SMALL: dict[str, Any] = {
     "steps": 4,
@@ -57,6 +60,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": {"algorithm": {"name": "grpo"}, "objective": {"beta": 0.04, "updates": 2}},
     "s-grpo": {"algorithm": {"name": "s-grpo", "alpha": 4, "k": 8}},
     "t-spmo": {"algorithm": {"name": "t-spmo", "replay_from": "both", "replay_completions": 3}},
+    "entropy-filter": {"algorithm": {"name": "entropy-filter"}},
 }
 
 
@@ -83,6 +87,30 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint() -> None:
     train({"steps": 4}, resume="killed", quiet=True)
     assert metrics("killed") == metrics("whole")
     assert same_weights("killed", "whole")
+
+
+@pytest.mark.parametrize("sampler", ["hf", "graph"])
+def test_entropy_filter_trains_on_the_share_that_it_selects(sampler: str) -> None:
+    """Every group's, as the samples show; the entropies themselves leave no trace in the config."""
+    run = train(config(steps=2, algorithm={"name": "entropy-filter", "fraction": 0.3}, sampler=sampler), quiet=True)
+    samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
+    for place in range(0, len(samples), 4):
+        group = samples[place : place + 4]
+        assert len({sample["problem"] for sample in group}) == 1
+        assert sum(len(s["credit"]) for s in group) == round(0.3 * sum(s["tokens"] for s in group))
+    assert any(report.tokens_trained for report in run.reports)
+    assert "entropy =" not in Path("run/config.toml").read_text()
+
+
+def test_an_algorithm_that_needs_entropies_refuses_a_sampler_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(self: HfEngine, *arguments: Any, sampling: Sampling, **others: Any) -> list[tuple[Completion, ...]]:
+        return sample(self, *arguments, sampling=sampling.model_copy(update={"entropy": False}), **others)
+
+    sample = HfEngine.sample
+    monkeypatch.setattr(HfEngine, "sample", without)
+    with pytest.raises(ConfigError, match="the sampler gave 0 entropies"):
+        train(config(algorithm="entropy-filter", sampler="hf"), quiet=True)
+    assert not Path("run").exists()
 
 
 def test_what_a_run_leaves_behind() -> None:

@@ -467,6 +467,13 @@ def test_longer_prompts_have_a_higher_peak(qwen: dict[str, Any]) -> None:
     assert peaks == sorted(set(peaks))
 
 
+def test_captured_steps_that_tell_entropies_hold_what_a_filtered_draw_holds(qwen: dict[str, Any]) -> None:
+    changes = ({}, {"algorithm": {"name": "entropy-filter"}}, {"sampling": {"top_k": 5}})
+    base = merged(qwen, {"execution": {"device": "cuda"}})
+    plain, asked, filtered = (predict(merged(base, change), prompt_tokens=128) for change in changes)
+    assert plain.peak < asked.peak == filtered.peak
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "one layer": {"adapter": {"layers": 1}},

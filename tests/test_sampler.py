@@ -13,7 +13,7 @@ from fake_engine import OwnWeights
 from shoestring.policy import Policy
 from shoestring.rollout import roll_out
 from shoestring.samplers import SAMPLERS, Sampling
-from shoestring.samplers.draw import draw, filtered, noise
+from shoestring.samplers.draw import DRAW_TILE, draw, entropy, filtered, noise
 from shoestring.samplers.hf import HfEngine
 from shoestring.types import Batch, Completion, Prompt
 from tiny import FAMILIES, prompt, random_policy
@@ -153,6 +153,28 @@ def test_log_probs_are_the_training_forwards_up_to_what_is_stated(name: str, cha
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.0}])
+def test_entropies_are_the_training_forwards_where_they_are_asked_for(name: str, changes: dict[str, Any]) -> None:
+    """Those before the filters; asking for them changes no draw, and not asked for they are gone again."""
+    policy, sampling = random_policy(), Sampling(max_new_tokens=10, **changes)
+    policy.eos_ids = tuple(range(0, 40))
+    engine = opened(name, policy, 60)
+    asked = sampling.model_copy(update={"entropy": True})
+    plain = engine.sample(PROMPTS, num=4, sampling=sampling, seed=1)
+    found = engine.sample(PROMPTS, num=4, sampling=asked, seed=1)
+    assert not any(c.entropies for group in plain for c in group)
+    assert engine.sample(PROMPTS, num=4, sampling=sampling, seed=1) == plain
+    assert tokens(found) == tokens(plain)
+    for p, group in zip(PROMPTS, found, strict=True):
+        for c in group:
+            every = trained_logprobs(policy, p, c, sampling.temperature or 1.0)
+            wanted = -(every.exp() * every).sum(-1)
+            gap = (torch.tensor(c.entropies) - wanted).abs().max()
+            assert len(c.entropies) == len(c.token_ids)
+            assert gap.item() <= CASES[name].tolerance
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_greedy_tokens_are_the_likeliest(name: str) -> None:
     policy = random_policy()
     greedy = Sampling(max_new_tokens=10, temperature=0)
@@ -272,6 +294,30 @@ def test_log_probs_are_those_before_the_filters() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     _, logprob = draw(logits, torch.tensor([0.9], dtype=torch.float64), Sampling(top_k=1))
     assert logprob.item() == pytest.approx(torch.tensor(0.5).log().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("probs", "settings", "expected"),
+    [
+        ([0.5, 0.3, 0.2], {}, 1.029653),
+        ([0.5, 0.3, 0.2], {"top_k": 1, "top_p": 0.5, "min_p": 0.9}, 1.029653),
+        ([0.5, 0.3, 0.2], {"temperature": 0}, 1.029653),
+        ([0.5, 0.3, 0.2], {"temperature": 0.5}, 0.853584),  # of 25/38, 9/38 and 4/38
+        ([0.25] * 4, {"temperature": 0.1}, 1.386294),
+        ([0.5, 0.0, 0.5], {}, 0.693147),
+        ([0.0, 1.0], {}, 0.0),
+    ],
+)
+def test_entropies_of_known_distributions(probs: list[float], settings: dict[str, float], expected: float) -> None:
+    found = entropy(torch.tensor([probs]).log(), Sampling(**settings))
+    assert found.tolist() == pytest.approx([expected], abs=1e-5)
+
+
+def test_entropies_of_more_logits_than_a_tile_holds() -> None:
+    logits = torch.randn(5, DRAW_TILE // 2, generator=torch.Generator().manual_seed(0))
+    logprobs = logits.double().log_softmax(-1)
+    wanted = -(logprobs.exp() * logprobs).sum(-1)
+    torch.testing.assert_close(entropy(logits, Sampling()).double(), wanted, atol=1e-4, rtol=0)
 
 
 def test_greedy_log_probs_are_those_at_temperature_1() -> None:

@@ -149,7 +149,7 @@ def trunk_layer(config: RunConfig, policy: Policy, engine: Engine, plan: Plan | 
 def rehearse(session: Session, state: State, longest: Prompt) -> None:
     """The largest pieces of a step, done once and thrown away, so that a run that cannot fit fails in its first minute:
     on a GPU, and wherever a budget is set."""
-    config, sampling = session.config, session.config.sampling
+    config, sampling = session.config, session.config.drawing
     if session.policy.device.type != "cuda" and config.memory is None:
         return
     pieces.rehearse(session.policy, session.optimizer, longest, config, state.pieces, session.trunk_layer)

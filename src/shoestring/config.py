@@ -195,6 +195,12 @@ class RunConfig(Settings):
             self._suits_training_all_weights()
         return self
 
+    @property
+    def drawing(self) -> Sampling:
+        """How a step's completions are drawn: `sampling`, with entropies where the algorithm needs them."""
+        needed = getattr(self.algorithm, "needs_entropy", False)
+        return self.sampling.model_copy(update={"entropy": True}) if needed else self.sampling
+
     def _suits_training_all_weights(self) -> None:
         if self.objective.l2 > 0:
             raise ConfigError(

@@ -86,7 +86,8 @@ class Work:
     own_layers: bool = False
     """Training runs the layers by our own code, not by transformers'."""
     filtered: bool = False
-    """Some draw is greedy or filtered (evaluations' are), and so needs probabilities of all tokens."""
+    """Some draw is greedy or filtered (evaluations' are) or tells its entropy, and so needs probabilities of all
+    tokens."""
     trunk_rows: int = 0
     """Completions whose residual stream is kept for training; 0 without a trunk cache."""
 

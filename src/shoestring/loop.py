@@ -268,7 +268,7 @@ def _round(session: Session, state: State, clock: Clock, start: int, num: int) -
 def _roll_out(session: Session, state: State, start: int, num: int) -> tuple[list[Rollout], int]:
     """Completions of fresh problems and, in a step's first round (`start` 0), of the prefixes that replay wants to see
     continued; counts cut prompts. Scoring hears of each group as soon as it is there."""
-    sampling, step = session.config.sampling, state.step
+    sampling, step = session.config.drawing, state.step
     replays = state.replays if start == 0 else []
     place = max(start - len(state.replays), 0)  # of the first fresh prompt, among the step's fresh ones
     fresh, num_cut = session.fresh.take(state.cursor + place, num - len(replays))

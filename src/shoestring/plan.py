@@ -149,7 +149,7 @@ def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
     dtype = config.model.dtype
     itemsize = {"bf16": 2, "fp16": 2, "fp32": 4}.get(dtype, 2 if gpu else 4)
     trained = config.adapter.trained(shape)
-    sampling = config.sampling
+    sampling = config.drawing
     fast = not config.execution.plain and config.model.attn_implementation != "eager"
     reference = "none" if not config.objective.beta else "copy" if trained.whole else "adapter"
     return Work(
@@ -170,7 +170,7 @@ def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
         step_temporaries=_step_temporaries(config, shape, trained, gpu),
         reference=reference,
         graph=config.sampler.name in ("auto", "graph") and shape.family in MODELS,
-        filtered=bool(config.eval_every or sampling.top_k or sampling.top_p < 1 or sampling.min_p),
+        filtered=bool(config.eval_every or sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.entropy),
         trees=fast and shape.family in TREE_MODELS,
         own_layers=fast and shape.family in MODELS and not trained.whole,
         trunk_rows=_trunk_rows(config, shape, trained),

@@ -65,6 +65,7 @@ class Completion:
 
     A log-prob is log-softmax(logits / temperature) at the sampled token, before top-p, top-k and min-p; greedy decoding
     counts as temperature 1. `stop` is "end" when the model ended by itself and "length" when it was cut off.
+    `entropies`, [T], are those of the same distributions, in nats; empty unless they were asked for.
     """
 
     token_ids: tuple[int, ...]
@@ -72,6 +73,7 @@ class Completion:
     stop: Literal["end", "length"]
     trunk: Trunk | None = field(default=None, compare=False, repr=False)
     """What training may start from; not there as a rule."""
+    entropies: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from shoestring.algorithms.entropy_filter import EntropyFilter
 from shoestring.algorithms.grpo import GRPO
 from shoestring.algorithms.s_grpo import SGRPO
 from shoestring.algorithms.t_spmo import TSPMO
@@ -12,4 +13,5 @@ ALGORITHMS: dict[str, type[Any]] = {
     "grpo": GRPO,
     "s-grpo": SGRPO,
     "t-spmo": TSPMO,
+    "entropy-filter": EntropyFilter,
 }

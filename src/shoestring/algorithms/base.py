@@ -34,7 +34,8 @@ class Algorithm(Protocol):
     """Turns a group's scores into credit for single tokens. A frozen settings object.
 
     The loop knows nothing else of an algorithm: the credit's `weight` holds the average over the group, and
-    `normalise` says whether the step divides by its groups or by its selected tokens.
+    `normalise` says whether the step divides by its groups or by its selected tokens. With a `needs_entropy` that is
+    true, completions come with their entropies.
     """
 
     name: str
@@ -75,6 +76,34 @@ def relative_advantages(values_G: Tensor, kind: Literal["standardised", "centred
         return torch.zeros_like(values_G)
     centred = values_G - values_G.mean()
     return centred / (values_G.std() + eps) if kind == "standardised" else centred
+
+
+def chosen_credit(
+    group: Group,
+    chosen: Tensor,
+    advantage_G: Tensor,
+    *,
+    mask_truncated: bool,
+    kl_scope: Literal["selected", "all"] = "selected",
+) -> Credit:
+    """Credit for the chosen tokens, given row by row as [sum of lengths] bool: each has its completion's advantage, and
+    the average is over the chosen tokens of each completion, then over completions.
+
+    With `kl_scope` "all" the KL term averages over every token.
+    """
+    row, col = every_token(group)
+    if mask_truncated:
+        kept = ~cut_off(group)[row]
+        row, col, chosen = row[kept], col[kept], chosen[kept]
+    num = len(group.completions)
+    share = 1 / (num * torch.bincount(row[chosen], minlength=num).clamp(min=1).double())
+    if kl_scope == "selected":
+        row, col = row[chosen], col[chosen]
+        return Credit(row, col, advantage_G[row].float(), share[row].float())
+    kl_share = 1 / (num * torch.bincount(row, minlength=num).clamp(min=1).double())
+    weight = torch.where(chosen, share[row], 0.0)
+    advantage = torch.where(chosen, advantage_G[row], 0.0)
+    return Credit(row, col, advantage.float(), weight.float(), kl_share[row].float())
 
 
 def every_token(group: Group) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from shoestring.algorithms.base import ObjectiveDefaults, cut_off, every_token, relative_advantages, rewards
+from shoestring.algorithms.base import ObjectiveDefaults, chosen_credit, relative_advantages, rewards
 from shoestring.errors import ConfigError
 from shoestring.settings import Settings
 from shoestring.types import Credit, Group
@@ -55,20 +55,8 @@ class SGRPO(Settings):
 
     def credit(self, group: Group, generator: torch.Generator) -> Credit:
         advantage_G = relative_advantages(rewards(group), self.advantage, self.eps)
-        row, col = every_token(group)
         chosen = self.select(group, generator)
-        if self.mask_truncated:
-            kept = ~cut_off(group)[row]
-            row, col, chosen = row[kept], col[kept], chosen[kept]
-        num = len(group.completions)
-        share = 1 / (num * torch.bincount(row[chosen], minlength=num).clamp(min=1).double())
-        if self.kl_scope == "selected":
-            row, col = row[chosen], col[chosen]
-            return Credit(row, col, advantage_G[row].float(), share[row].float())
-        kl_share = 1 / (num * torch.bincount(row, minlength=num).clamp(min=1).double())
-        weight = torch.where(chosen, share[row], 0.0)
-        advantage = torch.where(chosen, advantage_G[row], 0.0)
-        return Credit(row, col, advantage.float(), weight.float(), kl_share[row].float())
+        return chosen_credit(group, chosen, advantage_G, mask_truncated=self.mask_truncated, kl_scope=self.kl_scope)
 
     def select(self, group: Group, generator: torch.Generator) -> Tensor:
         """Which of the group's tokens, row by row, are selected. [sum of lengths], bool"""

@@ -36,6 +36,8 @@ class Sampling(Settings):
     2503.14476); 1.0 samples no more than once."""
     ignore_eos: bool = False
     """Sample `max_new_tokens` whatever comes (for benchmarks)."""
+    entropy: bool = Field(default=False, exclude=True)
+    """Completions carry the entropy at each token. Asked for where the algorithm needs it, so no config writes it."""
 
     @field_validator("dynamic_sampling", mode="before")
     @classmethod

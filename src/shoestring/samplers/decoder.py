@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from shoestring.products import add_product
 from shoestring.samplers.base import Sampling
-from shoestring.samplers.operations import Fused, Heads, Operations, Plain, Table
+from shoestring.samplers.operations import Fused, Heads, Operations, Plain, Table, keep_entropy
 
 if TYPE_CHECKING:
     from shoestring.policy import Policy
@@ -346,8 +346,13 @@ class Decoder:
     @torch.no_grad()
     def step(self, rows: Tensor, table: Table, sampling: Sampling, trunk_layer: int | None = None) -> None:
         """One token more for each of `rows`, [B]; what enters `trunk_layer` is kept."""
-        logits = self.logits(self.hidden(rows, table, trunk_layer))
+        self.draw(self.logits(self.hidden(rows, table, trunk_layer)), rows, table, sampling)
+
+    def draw(self, logits: Tensor, rows: Tensor, table: Table, sampling: Sampling) -> None:
+        """Draws each row's next token from logits, [B, V], and writes it down."""
         token, logprob = self.operations.pick(logits, rows, table, sampling)
+        if sampling.entropy:
+            keep_entropy(logits, rows, table, sampling)
         self.operations.advance(token, logprob, rows, table)
 
     def hidden(self, rows: Tensor, table: Table, trunk_layer: int | None = None) -> Tensor:

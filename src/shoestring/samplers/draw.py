@@ -1,4 +1,5 @@
-"""The draw of one token, which every sampler must match: its random number, the filters, the token and its log-prob."""
+"""The draw of one token, which every sampler must match: its random number, the filters, the token, its log-prob, and
+the entropy of what it was drawn from."""
 
 from __future__ import annotations
 
@@ -42,6 +43,18 @@ def draw(
     token = torch.searchsorted(cumulative, wanted, right=True).squeeze(-1)
     token = token.clamp(max=logits.shape[-1] - 1)  # only where logits are not finite, which the log-prob then shows
     return token, _logprob(scaled, token)
+
+
+def entropy(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, " B"]:
+    """The entropy of each row in nats, at the sampling temperature and before any filter; greedy decoding counts as
+    temperature 1.
+
+    >>> round(entropy(torch.tensor([[0.5, 0.3, 0.2]]).log(), Sampling()).item(), 4)
+    1.0297
+    """
+    tiles = logits.split(max(DRAW_TILE // logits.shape[-1], 1))
+    temperature = sampling.temperature or 1.0
+    return torch.cat([torch.special.entr((rows.float() / temperature).softmax(-1)).sum(-1) for rows in tiles])
 
 
 def filtered(probs: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:

@@ -147,6 +147,8 @@ class GraphEngine:
             if table is not None:
                 rows, width = max(rows, len(table.tokens) - 1), max(width, table.tokens.shape[1])
             self._table = table = Table.empty(rows, width, self._steps.decoder.vocab_size, self._policy.device)
+        if sampling.entropy and table.entropies is None:
+            table.entropies = torch.zeros_like(table.logprobs)
         return table
 
 
@@ -195,7 +197,8 @@ class Steps:
             graph.replay()
 
     def _graph(self, size: int, table: Table, sampling: Sampling, trunk_layer: int | None) -> torch.cuda.CUDAGraph:
-        key = (size, sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, trunk_layer)
+        how = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.entropy)
+        key = (size, *how, trunk_layer)
         if key not in self._graphs:
             self._graphs[key] = self._capture(self._rows[size], table, sampling, trunk_layer)
         return self._graphs[key]
@@ -345,13 +348,12 @@ class _Wave:
         table.info[rows] = info.to(device)
         table.uniform[rows, : uniform.shape[1]] = uniform.to(device)
         slot, prompt = info[:, SLOT].long().to(device), info[:, PROMPT].long().to(device)
-        do = self._decoder.operations
-        if do.whole_rows:
+        if self._decoder.operations.whole_rows:
             assert table.keys is not None
             table.keys.own[:, :, slot, :, : self._prompt_slots] = table.keys.prompt[:, :, prompt]
         size = FIRST_ROWS if self._steps.captured else len(come)
         for some, part in zip(rows.split(size), self._first_hidden[prompt].split(size), strict=True):
-            do.advance(*do.pick(self._decoder.logits(part), some, table, self._sampling), some, table)
+            self._decoder.draw(self._decoder.logits(part), some, table, self._sampling)
         return come
 
     def _next(self, waiting: deque[int]) -> tuple[list[int], list[int]]:
@@ -425,10 +427,12 @@ class _Wave:
                 continue
             self._free_prompts.append(self._place.pop(p))
             rows = range(p * self._num, (p + 1) * self._num)
-            tokens, logprobs = (
-                part[rows.start : rows.stop].tolist() for part in (self._table.tokens, self._table.logprobs)
+            asked = self._table.entropies if self._sampling.entropy else None
+            tokens, logprobs, entropies = (
+                [[]] * len(rows) if part is None else part[rows.start : rows.stop].tolist()
+                for part in (self._table.tokens, self._table.logprobs, asked)
             )
-            made = [_completion(tokens[g], logprobs[g], lengths[row], ends) for g, row in enumerate(rows)]
+            made = [_completion(tokens[g], logprobs[g], entropies[g], lengths[row], ends) for g, row in enumerate(rows)]
             take(p, tuple(replace(c, trunk=self._trunk(row, lengths[row])) for c, row in zip(made, rows, strict=True)))
 
 
@@ -462,6 +466,9 @@ def prompts_at_once(rows: int, prompts: int, num: int) -> int:
     return min(prompts, -(-rows // num) + 1, rows)
 
 
-def _completion(tokens: list[int], logprobs: list[float], length: int, ends: Sequence[int]) -> Completion:
+def _completion(
+    tokens: list[int], logprobs: list[float], entropies: list[float], length: int, ends: Sequence[int]
+) -> Completion:
     ids = tuple(tokens[:length])
-    return Completion(ids, tuple(logprobs[:length]), "end" if ids[-1] in ends else "length")
+    stop = "end" if ids[-1] in ends else "length"
+    return Completion(ids, tuple(logprobs[:length]), stop, entropies=tuple(entropies[:length]))

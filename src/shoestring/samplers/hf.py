@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shoestring.memory import OutOfMemory, is_out_of_memory, shrinking
 from shoestring.samplers.base import Sampling, Told
-from shoestring.samplers.draw import draw, noise
+from shoestring.samplers.draw import draw, entropy, noise
 from shoestring.settings import Settings
 from shoestring.types import Completion, Prompt
 
@@ -141,10 +141,13 @@ class HfEngine:
         eos = torch.tensor(ends, device=policy.device, dtype=torch.int64)
         tokens = torch.zeros(uniform.shape, dtype=torch.int64, device=policy.device)
         logprobs = torch.zeros(uniform.shape, dtype=torch.float32, device=policy.device)
+        entropies = torch.zeros_like(logprobs if sampling.entropy else logprobs[:, :0])
         length = torch.zeros_like(limit)
         active = torch.arange(len(places), device=policy.device)  # which completion each row of the batch belongs to
         for t in range(uniform.shape[1]):
             token, logprob = draw(logits, uniform[active, t], sampling)
+            if sampling.entropy:
+                entropies[active, t] = entropy(logits, sampling)
             del logits  # before the next ones come
             tokens[active, t], logprobs[active, t], length[active] = token, logprob, t + 1
             going = ~torch.isin(token, eos) & (t + 1 < limit[active])
@@ -164,7 +167,7 @@ class HfEngine:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = policy.decode_step(token[:, None], mask, position[:, None], cache)  # noqa: F841  (`del` hides its use)
             position = position + 1
-        return _completions(tokens.cpu(), logprobs.cpu(), length.cpu(), limit.cpu(), ends)
+        return _completions(tokens.cpu(), logprobs.cpu(), entropies.cpu(), length.cpu(), limit.cpu(), ends)
 
     def _prefill(
         self, prompts: Sequence[Prompt], owner: list[int], max_new_tokens: int
@@ -278,15 +281,16 @@ def _plain_attention(policy: Policy) -> bool:
 
 
 def _completions(
-    tokens: Tensor, logprobs: Tensor, length: Tensor, limit: Tensor, eos_ids: tuple[int, ...]
+    tokens: Tensor, logprobs: Tensor, entropies: Tensor, length: Tensor, limit: Tensor, eos_ids: tuple[int, ...]
 ) -> list[Completion]:
     """Cuts each row at its first end token or at its limit."""
     made = []
-    for ids, values, count, most in zip(
-        tokens.tolist(), logprobs.tolist(), length.tolist(), limit.tolist(), strict=True
+    for ids, values, spreads, count, most in zip(
+        tokens.tolist(), logprobs.tolist(), entropies.tolist(), length.tolist(), limit.tolist(), strict=True
     ):
         ids = ids[: min(count, most)]
         ended = next((t for t, token in enumerate(ids) if token in eos_ids), None)
         keep = len(ids) if ended is None else ended + 1
-        made.append(Completion(tuple(ids[:keep]), tuple(values[:keep]), "length" if ended is None else "end"))
+        stop = "length" if ended is None else "end"
+        made.append(Completion(tuple(ids[:keep]), tuple(values[:keep]), stop, entropies=tuple(spreads[:keep])))
     return made

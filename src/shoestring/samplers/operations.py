@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoestring.samplers.base import Sampling
-from shoestring.samplers.draw import draw
+from shoestring.samplers.draw import draw, entropy
 
 # Columns of `Table.info`.
 SLOT, LENGTH, PROMPT, PROMPT_LENGTH, LIMIT, DONE, TOKEN, COLUMNS = range(8)
@@ -67,6 +67,8 @@ class Table:
     """[10] int64: addresses of prompt keys, prompt values, own keys and own values; prompt slots, own slots, prompts
     and rows of these; address and slots of the trunk."""
     keys: Keys | None = None
+    entropies: Tensor | None = None
+    """[R + 1, T] fp32, where a sampling has asked for them."""
 
     @classmethod
     def empty(cls, rows: int, width: int, vocab_size: int, device: torch.device) -> Table:
@@ -345,6 +347,15 @@ class Plain:
         info[:, TOKEN] = token
         info[:, DONE] = table.ends[token] | (place + 1 >= info[:, LIMIT])
         table.info[rows] = info
+
+
+def keep_entropy(logits: Tensor, rows: Tensor, table: Table, sampling: Sampling) -> None:
+    """Writes down the entropy behind each row's next token, from logits, [B, V]. Ended rows stay as they are, and the
+    GPU is not waited for."""
+    assert table.entropies is not None
+    place = _next(table, rows).clamp(max=table.entropies.shape[1] - 1)
+    ended = table.info[rows, DONE] != 0
+    table.entropies[rows, place] = torch.where(ended, table.entropies[rows, place], entropy(logits, sampling))
 
 
 def _next(table: Table, rows: Tensor) -> Tensor:
