@@ -27,7 +27,7 @@ from shoestring.footprint import Trained, Work
 from shoestring.loss import Objective
 from shoestring.optim import backward
 from shoestring.pieces import worst_batch
-from shoestring.plan import Plan, check, predict
+from shoestring.plan import Plan, Sizes, _layer_time, check, predict
 from shoestring.policy import Policy
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.samplers.cache import SlotCache
@@ -543,6 +543,19 @@ def test_the_smallest_budget_is_enough_and_two_per_cent_less_is_not(
     check(budgeted(config, written, device))
     setting = told.value.write.partition("; or set ")[2]
     assert setting.startswith(("model.dtype", "adapter.", "optim.name", "sampling."))
+
+
+def test_recomputing_pays_where_the_host_would_launch_many_small_pieces(qwen: dict[str, Any]) -> None:
+    matrices = 2 * 1536 * 1536 + 2 * 256 * 1536 + 3 * 8960 * 1536  # of a layer
+    balanced = 1.5e11 / matrices  # tokens with which host and card take equally long
+
+    def time(share: float, rows: int, checkpointing: bool) -> float:
+        work = replace(predict(qwen).work, rows=64, prompt=1, added=round(share * balanced))
+        return _layer_time(work, Sizes(64, rows, checkpointing))
+
+    assert time(0.05, 3, False) == 22.0 > time(0.05, 4, True) == 16 * 1.25 > time(0.05, 4, False) == 16.0
+    assert time(0.05, 64, True) == pytest.approx(4 / 3 * 64 * 0.05, rel=1e-2)
+    assert time(10, 64, True) > time(10, 4, False) == pytest.approx(640, rel=1e-2)
 
 
 @pytest.mark.parametrize(("layers", "sampling"), [(1, 2), (1, 9), (2, 2), (4, 2)])

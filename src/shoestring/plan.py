@@ -23,8 +23,11 @@ from shoestring.samplers.decoder import MODELS
 from shoestring.shapes import FAMILIES, Shape, read_shape
 from shoestring.tasks.base import plain_text
 
-# Without checkpointing, micro-batches of so many tokens keep a card busy; with fewer, recomputing layers costs less.
+# Where a budget has room, training takes more than sampling does for micro-batches of so many tokens.
 _ENOUGH_TOKENS = 2_048
+# A layer's pass forward and back over so many tokens times its weights takes an H100 as long as the host takes to launch
+# it: some 2 ms for our own layers, 10,000 tokens of a 0.5B model.
+_LAUNCHED = 1.5e11
 _MOST_TOKENS = 16_384
 _ERROR = 2**24
 # What a host does not miss beside the weights: there, training may take so much even where sampling needs less.
@@ -284,9 +287,18 @@ def _micro(config: RunConfig, work: Work, wave_rows: int, limit: int, allowed: i
     plain, recomputed = sized(False), sized(True)
     if allowed is not None and _train_peak(work, recomputed) > allowed:  # neither may fit
         return min(plain, recomputed, key=lambda sizes: _train_peak(work, sizes))
-    enough = plain.micro_rows * work.row_tokens >= _ENOUGH_TOKENS or plain.micro_rows >= recomputed.micro_rows
     fits = allowed is None or _train_peak(work, plain) <= allowed
-    return plain if enough and fits else recomputed
+    return plain if fits and _layer_time(work, plain) <= _layer_time(work, recomputed) else recomputed
+
+
+def _layer_time(work: Work, sizes: Sizes) -> float:
+    """What a step's micro-batches take for one layer, in launches of its pass forward and back. Recomputing adds a
+    quarter to the launches and a third to the products."""
+    matrices = sum(linear.inputs * linear.outputs for linear in work.shape.linears)
+    launched, busy = 1.0, sizes.micro_rows * work.row_tokens * matrices / _LAUNCHED
+    if sizes.checkpointing:
+        launched, busy = launched * 1.25, busy * 4 / 3
+    return -(-work.rows // sizes.micro_rows) * max(launched, busy)
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
