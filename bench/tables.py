@@ -193,6 +193,23 @@ def decode() -> str:
     return table(["workload", "tokens/s", "ms a decode step", "seconds (least to most)", "first time"], rows) + note
 
 
+def growth() -> str:
+    found = result("growth")
+    rows = [
+        [r["shape"], str(r["group"]), str(r["length"])]
+        + [f"{r[f'{phase}_s']:.2f} / {r[f'roofline_{phase}_s']:.3f}" for phase in ("sample", "train")]
+        + [f"{r['times_roofline']:.1f}", f"{r['peak_allocated_gib']:.2f}", str(r["micro_batch_tokens"])]
+        for r in sorted(found["rows"], key=lambda r: (r["shape"], r["length"], r["group"]))
+    ]
+    note = (
+        f"\nMedians of {found['rows'][0]['runs']} steps, {found['prompts']} prompts of {found['prompt_tokens']} tokens, "
+        f"LoRA r=16 on q and v of the last third. The card reached {found['bytes_per_s'] / 1e12:.2f} TB/s and "
+        f"{found['operations_per_s'] / 1e12:.0f} TFLOP/s. {where(found)}.\n"
+    )
+    headings = ["model", "completions of a prompt", "new tokens", "sampling s / roofline", "training s / roofline"]
+    return table([*headings, "times roofline", "allocated GiB", "micro-batch tokens"], rows) + note
+
+
 def trunk() -> str:
     found = result("trunk")
     rows = [
@@ -285,6 +302,7 @@ TABLES = {
     "on-paper": on_paper,
     "w1": w1,
     "w2": lambda: w1("w2"),
+    "growth": growth,
     "trunk": trunk,
     "decode": decode,
     "w3": w3,

@@ -25,8 +25,8 @@ from shoestring.tasks.base import plain_text
 
 # Where a budget has room, training takes more than sampling does for micro-batches of so many tokens.
 _ENOUGH_TOKENS = 2_048
-# A layer's pass forward and back over so many tokens times its weights takes an H100 as long as the host takes to launch
-# it: some 2 ms for our own layers, 10,000 tokens of a 0.5B model.
+# A layer's pass forward and back over so many tokens times its weights takes an H100 as long as the host takes to
+# launch it: some 2 ms for our own layers, 10,000 tokens of a 0.5B model.
 _LAUNCHED = 1.5e11
 _MOST_TOKENS = 16_384
 _ERROR = 2**24
