@@ -202,8 +202,8 @@ def growth() -> str:
         for r in sorted(found["rows"], key=lambda r: (r["shape"], r["length"], r["group"]))
     ]
     note = (
-        f"\nMedians of {found['rows'][0]['runs']} steps, {found['prompts']} prompts of {found['prompt_tokens']} tokens, "
-        f"LoRA r=16 on q and v of the last third. The card reached {found['bytes_per_s'] / 1e12:.2f} TB/s and "
+        f"\nMedians of {found['rows'][0]['runs']} steps, {found['prompts']} prompts of {found['prompt_tokens']} "
+        f"tokens, LoRA r=16 on q and v of the last third. The card reached {found['bytes_per_s'] / 1e12:.2f} TB/s and "
         f"{found['operations_per_s'] / 1e12:.0f} TFLOP/s. {where(found)}.\n"
     )
     headings = ["model", "completions of a prompt", "new tokens", "sampling s / roofline", "training s / roofline"]
