@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What carries further than SVAMP's 600 training problems, and what T-SPMO lacks there: SmolLM2-135M, one seed each, judged
 # by the held-back problems; accuracy on 300 training problems beside it. bench/results/svamp-levers.json. Needs the
-# warm start of bench/svamp.sh. What is done is not run again. Several share the card (AT_ONCE, 4 where nothing is said).
+# warm start of `bench/smollm2.sh svamp sft`. What is done is not run again. Several share the card (AT_ONCE, 4 where nothing is said).
 #   bench/levers.sh [NAME ...]          default: all
 set -euo pipefail
 
@@ -13,7 +13,8 @@ lever() {
 }
 carried_out() {
   local out=runs/levers/$1
-  python3 -m shoestring sweep "recipes/$2.toml" "${@:3}" --seeds 0 --split validation --out "$out" > "$out.txt" 2>&1
+  python3 -m shoestring sweep "recipes/$2.toml" model=runs/svamp-smollm2-sft/model "${@:3}" --seeds 0 \
+    --split validation --out "$out" > "$out.txt" 2>&1
   [ -e "$out/train.json" ] || python3 -m shoestring eval "$out/seed-0" --split train --num 300 --json > "$out/train.draft"
   [ -e "$out/train.json" ] || mv "$out/train.draft" "$out/train.json"
   echo "$1 is done"
