@@ -3,7 +3,7 @@ splits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from random import Random
 from typing import Literal
 
@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from shoestring import answers
 from shoestring.errors import ConfigError
 from shoestring.tasks.base import Asking, check_split, stable_hash
+from shoestring.tasks.generated import Stream, distinct
 from shoestring.types import Problem, Score
 
 _FEWEST_PAIRS = 1_000
@@ -52,8 +53,8 @@ class Multiplication(Asking):
     def problems(self, split: str) -> Sequence[Problem]:
         check_split(split)
         if split == "train":
-            return _Stream(self)
-        return _distinct(self, split)
+            return Stream(self)
+        return distinct(self, split)
 
     def draw(self, split: str, index: int) -> Problem:
         """Item `index` of the endless stream of `split`: the first pair of its own random numbers that belongs
@@ -104,33 +105,3 @@ def split_of(a: int, b: int) -> str:
     """
     place = stable_hash("multiplication", min(a, b), max(a, b)) % 100
     return "train" if place < 90 else "validation" if place < 95 else "test"
-
-
-class _Stream(Sequence[Problem]):
-    """The train split, drawn as it is read."""
-
-    def __init__(self, task: Multiplication):
-        self._task = task
-
-    def __len__(self) -> int:
-        return self._task.num_train
-
-    def __getitem__(self, index: int) -> Problem:  # type: ignore[override]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self._task.draw("train", index)
-
-    def __iter__(self) -> Iterator[Problem]:
-        return (self[index] for index in range(len(self)))
-
-
-def _distinct(task: Multiplication, split: str) -> tuple[Problem, ...]:
-    """The first `num_held_out` distinct problems of the split's stream; it gives up when draws hardly bring new
-    ones."""
-    found: dict[str, Problem] = {}
-    index = 0
-    while len(found) < task.num_held_out and index < 20 * task.num_held_out:
-        problem = task.draw(split, index)
-        found.setdefault(problem.id, problem)
-        index += 1
-    return tuple(found.values())

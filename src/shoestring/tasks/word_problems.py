@@ -7,7 +7,7 @@ They are there to be mixed with small data sets of such problems, which a model 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from pydantic import Field
 
 from shoestring import answers
 from shoestring.tasks.base import Asking, check_split, stable_hash
+from shoestring.tasks.generated import Stream, distinct
 from shoestring.tasks.word_stories import PEOPLE, STORIES, Story
 from shoestring.types import Problem, Score
 
@@ -46,7 +47,7 @@ class WordProblems(Asking):
 
     def problems(self, split: str) -> Sequence[Problem]:
         check_split(split)
-        return _Stream(self) if split == "train" else _distinct(self, split)
+        return Stream(self) if split == "train" else distinct(self, split)
 
     def draw(self, split: str, index: int) -> Problem:
         """Item `index` of the endless stream of `split`: the first problem of its own random numbers that belongs
@@ -168,32 +169,3 @@ def _sentences(text: str, words: Mapping[str, Any]) -> str:
     """The text with its words and numbers in place, each sentence with a capital."""
     text = re.sub(r" {2,}", " ", text.format_map(words)).strip()
     return _START.sub(lambda found: found[1] + found[2].upper(), text)
-
-
-class _Stream(Sequence[Problem]):
-    """The train split, drawn as it is read."""
-
-    def __init__(self, task: WordProblems):
-        self._task = task
-
-    def __len__(self) -> int:
-        return self._task.num_train
-
-    def __getitem__(self, index: int) -> Problem:  # type: ignore[override]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self._task.draw("train", index)
-
-    def __iter__(self) -> Iterator[Problem]:
-        return (self[index] for index in range(len(self)))
-
-
-def _distinct(task: WordProblems, split: str) -> tuple[Problem, ...]:
-    """The first `num_held_out` distinct problems of the split's stream."""
-    found: dict[str, Problem] = {}
-    index = 0
-    while len(found) < task.num_held_out:
-        problem = task.draw(split, index)
-        found.setdefault(problem.question, problem)
-        index += 1
-    return tuple(found.values())
