@@ -16,7 +16,9 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "p": {"p": ""},
     "choice": {"choice-first": "first", "choice-random": "random", "choice-entropy": "highest entropy"},
     "group": {f"group-{size}": "" for size in (4, 8, 16, 32)},
-    "rank": {f"rank-{rank}": "" for rank in (1, 4, 16)},
+    "rank": {
+        f"rank-{rank}{rate}": f"{rank}{', lr 1e-3' if rate else ''}" for rank in (1, 4, 16) for rate in ("", "-fast")
+    },
     "layers": {"layers": ""},
     "replay": {"replay": ""},
 }

@@ -26,9 +26,12 @@ group() {
     swept "group-$size" s-grpo sampling.num_prompts=$((128 / size)) --over "sampling.num_completions=$size"
   done
 }
-# The scale alpha / rank stays 2.
+# The scale alpha / rank stays 2; small ranks also at a higher rate.
 rank() {
-  for rank in 1 4 16; do swept "rank-$rank" s-grpo adapter.alpha=$((2 * rank)) --over "adapter.rank=$rank"; done
+  for rank in 1 4 16; do
+    swept "rank-$rank" s-grpo adapter.alpha=$((2 * rank)) --over "adapter.rank=$rank"
+    swept "rank-$rank-fast" s-grpo adapter.alpha=$((2 * rank)) optim.lr=1e-3 --over "adapter.rank=$rank"
+  done
 }
 layers() { swept layers s-grpo --over adapter.layers=last-third,all; }
 replay() { swept replay t-spmo --over algorithm.replay_from=none,success,failure,both; }

@@ -232,6 +232,23 @@ def w3() -> str:
     return table(["state of the code", "step s (least to most)", "sampling s", "training s"], rows) + note
 
 
+def ablations() -> str:
+    found = result("ablations")
+    rows = []
+    for name, value in dict.fromkeys((r["ablation"], r["value"]) for r in found["rows"]):
+        runs = [r for r in found["rows"] if (r["ablation"], r["value"]) == (name, value)]
+        half = list(runs[0]["curve"])[len(runs[0]["curve"]) // 2]
+        rows.append([name, value, spread([r["curve"][half] for r in runs], ".0%"), *_over_seeds(runs)[1:5]])
+    first = found["rows"][0]
+    note = (
+        f"\nGreedy accuracy: half-way on {first['curve_problems']} held-back problems (least to most of three seeds), "
+        f"then on {first['problems']} test problems after {first['steps']} steps (Student's t). From "
+        f"{first['base_accuracy']:.1%}. {where(found)}.\n"
+    )
+    headings = ["what is changed", "to", "half-way", "test (95 %)", "each seed", "tokens sampled", "tokens trained"]
+    return table(headings, rows) + note
+
+
 def _over_seeds(runs: list[dict[str, Any]]) -> list[str]:
     """The rate, the accuracy with its interval (over seeds, or over problems where there is one), and the cost."""
     sampled, trained = (statistics.mean(r[key] for r in runs) for key in ("tokens_sampled", "tokens_trained"))
@@ -239,7 +256,7 @@ def _over_seeds(runs: list[dict[str, Any]]) -> list[str]:
     low, high = t_interval(after) or (runs[0]["low"], runs[0]["high"])
     return [
         f"{runs[0]['lr']:g}",
-        f"{statistics.mean(after):.1%} ({low:.1%} to {min(high, 1):.1%})",
+        f"{statistics.mean(after):.1%} ({max(low, 0):.1%} to {min(high, 1):.1%})",
         ", ".join(f"{value:.1%}" for value in after),
         f"{sampled:,.0f}",
         f"{trained:,.0f} ({trained / sampled:.1%})",
@@ -306,6 +323,7 @@ TABLES = {
     "trunk": trunk,
     "decode": decode,
     "w3": w3,
+    "ablations": ablations,
     "multiply-embedded": multiply_embedded,
     "multiply-embedded-hard": multiply_embedded_hard,
 }
