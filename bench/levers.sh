@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What carries further than SVAMP's 600 training problems, and what T-SPMO lacks there: SmolLM2-135M, one seed each, judged
 # by the held-back problems; accuracy on 300 training problems beside it. bench/results/svamp-levers.json. Needs the
-# warm start of `bench/smollm2.sh svamp sft`. What is done is not run again. Several share the card (AT_ONCE, 4 where nothing is said).
+# warm start of `bench/tuned.sh svamp-smollm2 sft`. What is done is not run again. Several share the card (AT_ONCE, 4 where nothing is said).
 #   bench/levers.sh [NAME ...]          default: all
 set -euo pipefail
 

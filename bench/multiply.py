@@ -18,7 +18,6 @@ STAGES = {
     "multiply-embedded-lr": [f"multiply-{method}/rates.json" for method in METHODS],
     "multiply-embedded": [f"multiply-{method}/sweep.json" for method in METHODS],
     "multiply-embedded-long": [f"multiply-long-{method}/sweep.json" for method in ("s-grpo", "t-spmo")],
-    "multiply-embedded-hard": ["multiply-hard/rates.json", "multiply-hard/sweep.json"],
 }
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Multiplication with the embedded model: some 25 minutes on one core. What is done is not run again.
+# Multiplication with the embedded model: some 20 minutes on one core. What is done is not run again.
 #   bench/multiply.sh             everything under runs/, then the result files
 set -euo pipefail
 export OMP_NUM_THREADS=1
@@ -23,12 +23,5 @@ done
 # Three digits by three, before any training.
 "${shoestring[@]}" eval tiny --task multiplication "task.digits=[3, 3]" --k 1,16 --max-new-tokens 128 --json \
   > runs/multiply-3x3.json
-
-# The hard case: three digits by two, from a model that works everything out and is often wrong.
-[ -e runs/multiply-hard-sft/model ] || "${shoestring[@]}" sft recipes/multiply-embedded-hard-sft.toml
-hard=("${shoestring[@]}" sweep recipes/multiply-embedded-hard.toml --split test --out runs/multiply-hard)
-"${hard[@]}" --over optim.lr=3e-4,1e-3,3e-3 --seeds 0
-cp runs/multiply-hard/sweep.json runs/multiply-hard/rates.json
-"${hard[@]}" --over optim.lr=3e-4 --seeds 0,1,2
 
 python3 bench/multiply.py

@@ -1,0 +1,73 @@
+"""Makes the result files of a model on a task of what bench/tuned.sh left under runs/; rows of other runs stay.
+
+python bench/tuned.py NAME                          the result files
+python bench/tuned.py NAME rates|seeds METHOD       what the files lack
+python bench/tuned.py NAME best METHOD              the learning rate that did best
+python bench/tuned.py NAME runs METHOD              the folders of the final runs
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from sweeps import METHODS, ROOT, best_rate, read, row, write
+
+RUNS, RESULTS = ROOT / "runs", ROOT / "bench" / "results"
+RATES, SEEDS = (1e-4, 3e-4, 1e-3), (0, 1, 2)
+MORE_RATES = {"multiply-embedded-hard": (3e-3,)}
+PASSES = ("accuracy", "pass_at_k", "pass_at_k_interval", "samples", "truncated")
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    """Those of a result file, if there is one."""
+    path = RESULTS / f"{name}.json"
+    return read(path)["rows"] if path.is_file() else []
+
+
+def missing(name: str, what: str, method: str) -> str:
+    if what == "rates":
+        done = {r["lr"] for r in rows(f"{name}-lr") if r["method"] == method}
+        return ",".join(f"{rate:g}" for rate in (*RATES, *MORE_RATES.get(name, ())) if rate not in done)
+    done = {r["seed"] for r in rows(name) if r["method"] == method}
+    return ",".join(str(seed) for seed in SEEDS if seed not in done)
+
+
+def passes(path: Path) -> dict[str, Any]:
+    """pass@k at temperature 1, as far as it was measured."""
+    return {key: value for key, value in read(path).items() if key in PASSES} if path.is_file() else {}
+
+
+def collect(name: str, target: str, file: str, split: str, **more: Any) -> None:
+    """A result file of one sweep of each method, judged by that split. Device and versions are those of the last."""
+    found = {(r["method"], r["lr"], r["seed"]): r for r in rows(target)}
+    sweeps = [read(path) for method in METHODS if (path := RUNS / f"{name}-{method}" / file).is_file()]
+    sweeps = [sweep for sweep in sweeps if any(figures["split"] == split for figures in sweep["rows"])]
+    for figures in (figures for sweep in sweeps for figures in sweep["rows"]):
+        own = {**row(figures), "at_temperature_1": passes(ROOT / figures["run"] / "passes.json")}
+        found[own["method"], own["lr"], own["seed"]] = own
+    if sweeps:
+        order = sorted(found.values(), key=lambda r: (METHODS.index(r["method"]), r["lr"], r["seed"]))
+        write(target, sweeps[-1], order, **more)
+
+
+def main(name: str) -> None:
+    collect(name, f"{name}-lr", "rates.json", "validation")
+    base = passes(RUNS / f"{name}-base.json")
+    if not base and (RESULTS / f"{name}.json").is_file():
+        base = read(RESULTS / f"{name}.json").get("base_at_temperature_1", {})
+    collect(name, name, "sweep.json", "test", base_at_temperature_1=base)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case [name]:
+            main(name)
+        case [name, "best", method]:
+            print(best_rate((r["accuracy"], r["lr"]) for r in rows(f"{name}-lr") if r["method"] == method))
+        case [name, "runs", method]:
+            path = RUNS / f"{name}-{method}" / "sweep.json"
+            print(*(figures["run"] for figures in (read(path)["rows"] if path.is_file() else [])))
+        case [name, what, method]:
+            print(missing(name, what, method))

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# A model on a task, three methods tuned alike, three seeds each: bench/results/NAME-lr.json, then NAME.json. Rows that are
+# in these files, and runs that are done, are not made again.
+#   bench/tuned.sh NAME [STAGE ...]
+# NAME: svamp-smollm2, multiply-2x2-smollm2, multiply-3x3-smollm2 (a GPU), multiply-embedded-hard (a CPU).
+# Stages in order: sft rates results seeds passes results; default: all. The three methods run beside each other, so a
+# run's seconds are not those it takes alone.
+set -euo pipefail
+shoestring=(python3 -m shoestring)
+name=$1
+start=runs/$name-sft
+
+# The recipes' name, what the warm start and all else take, and how pass@k is judged.
+case $name in
+  svamp-smollm2)
+    recipe=$name sft=(recipes/smollm2-sft.toml) settings=() judged=(--task svamp --max-new-tokens 96) ;;
+  multiply-2x2-smollm2) sft=(recipes/multiply-smollm2-sft.toml) settings=('task.digits=[2,2]') ;;&
+  multiply-3x3-smollm2) sft=(recipes/multiply-smollm2-sft.toml num=6400) settings=('task.digits=[3,3]') ;;&
+  multiply-*-smollm2) recipe=multiply-smollm2 judged=(--task multiplication --max-new-tokens 128) ;;
+  multiply-embedded-hard)
+    export OMP_NUM_THREADS=1
+    recipe=$name sft=("recipes/$name-sft.toml") settings=('task.digits=[3,2]')
+    judged=(--task multiplication --max-new-tokens 80) ;;
+  *) echo "no such name: $name" >&2 && exit 1 ;;
+esac
+
+# In the background, once for each method; fails if one of them does.
+each() {
+  local waiting=() status=0
+  for method in grpo s-grpo t-spmo; do "$1" "$method" & waiting+=($!); done
+  for process in "${waiting[@]}"; do wait "$process" || status=1; done
+  return $status
+}
+
+# A sweep of a method's own recipe, or of the one for all.
+swept() {
+  local own=recipes/$recipe-$1.toml
+  [ -e "$own" ] || own=recipes/$recipe.toml
+  "${shoestring[@]}" sweep "$own" "algorithm.name=$1" "${settings[@]}" "model=$start/model" --out "runs/$name-$1" "${@:2}"
+}
+
+sft() { [ -e "$start/model" ] || "${shoestring[@]}" sft "${sft[@]}" "${settings[@]}" "out=$start"; }
+
+# A rate for each method, by held-back problems.
+rates() { each rates_of; }
+rates_of() {
+  local missing
+  missing=$(python3 bench/tuned.py "$name" rates "$1")
+  [ -z "$missing" ] && return
+  swept "$1" --over "optim.lr=$missing" --seeds 0 --split validation
+  cp "runs/$name-$1/sweep.json" "runs/$name-$1/rates.json"
+}
+
+# Three seeds at that rate, by the test problems. Both lie in one folder, so seed 0 is trained once.
+seeds() { each seeds_of; }
+seeds_of() {
+  local missing rate
+  missing=$(python3 bench/tuned.py "$name" seeds "$1")
+  rate=$(python3 bench/tuned.py "$name" best "$1")
+  [ -z "$missing" ] || swept "$1" --over "optim.lr=$rate" --seeds "$missing" --split test
+}
+
+# pass@k at temperature 1 of the warm start and of every final run.
+passes() { pass "$start/model" "runs/$name-base.json"; each passes_of; }
+passes_of() {
+  for run in $(python3 bench/tuned.py "$name" runs "$1"); do pass "$run" "$run/passes.json"; done
+}
+pass() {
+  [ -e "$2" ] && return
+  "${shoestring[@]}" eval "$1" "${settings[@]}" "${judged[@]}" --k 1,4,16 --temperature 1 --json > "$2.draft"
+  mv "$2.draft" "$2"
+}
+
+results() { python3 bench/tuned.py "$name"; }
+
+shift
+for stage in ${@:-sft rates results seeds passes results}; do "$stage"; done
