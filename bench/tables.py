@@ -15,7 +15,6 @@ from shoestring.evaluation import t_interval
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *((ROOT / "docs" / f"{name}.md") for name in ("results", "memory", "speed")))
-_BEFORE_AND_AFTER = (("base_accuracy", "base_"), ("accuracy", ""))  # in a row, with their intervals' prefixes
 _BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -62,31 +61,38 @@ def demo_compare() -> str:
     return table(["algorithm", "before", "after", "tokens sampled", "tokens trained", "seconds"], rows) + note
 
 
-def svamp_smollm2() -> str:
-    found, tuned = result("svamp-smollm2"), result("svamp-smollm2-lr")
+def tuned(name: str) -> str:
+    """Of bench/tuned.sh: three methods tuned alike, then seeds at the rate chosen."""
+    found, tuning = result(name), result(f"{name}-lr")
     base = found["rows"][0]
     before = f"{base['base_accuracy']:.1%} ({base['base_low']:.1%} to {base['base_high']:.1%})"
-    rates = sorted({r["lr"] for r in tuned["rows"]})
-    held_back = {(r["method"], r["lr"]): r["accuracy"] for r in tuned["rows"]}
-    rows = [["after sft", *[""] * len(rates), "", before, "", "", _passes([found["base_at_temperature_1"]]), *[""] * 4]]
-    for name in dict.fromkeys(r["method"] for r in found["rows"]):
-        runs = [r for r in found["rows"] if r["method"] == name]
-        rate, accuracy, each, *cost = _over_seeds(runs)
+    rates = sorted({r["lr"] for r in tuning["rows"]})
+    held_back = {(r["method"], r["lr"]): r["accuracy"] for r in tuning["rows"]}
+    rows = [["before", *[""] * len(rates), "", before, "", "", _passes([found["base_at_temperature_1"]]), *[""] * 4]]
+    for method in dict.fromkeys(r["method"] for r in found["rows"]):
+        runs = [r for r in found["rows"] if r["method"] == method]
+        chosen, accuracy, each, *cost = _over_seeds(runs)
         gains = "; ".join(
             f"{100 * r['gain']:+.1f} ({100 * r['gain_low']:+.1f} to {100 * r['gain_high']:+.1f})" for r in runs
         )
-        tried = [f"{held_back[name, rate]:.1%}" for rate in rates]
+        tried = [f"{held_back[method, rate]:.1%}" for rate in rates]
         passes = _passes([r["at_temperature_1"] for r in runs])
         peak = max(r["peak_allocated_gib"] for r in runs)
-        rows.append([f"`{name}`", *tried, rate, accuracy, each, gains, passes, *cost[:2], f"{peak:.2f}", cost[2]])
+        memory = f"{peak:.2f}" if peak else ""
+        rows.append([f"`{method}`", *tried, chosen, accuracy, each, gains, passes, *cost[:2], memory, cost[2]])
     headings = ["method", *[f"held back, {rate:g}" for rate in rates], "rate chosen", "test (95 %)", "each seed"]
     headings += ["paired gain, points", "pass@1, 4, 16", "tokens sampled", "tokens trained", "peak GiB", "seconds"]
+    checkpoint = (
+        f", with the checkpoint that did best on {base['curve_problems']} held-back training problems"
+        if base["chosen_on"]
+        else ""
+    )
     note = (
         f"\nGreedy accuracy on {base['problems']} problems after {base['steps']} steps of {base['prompts']} prompts x "
-        f"{base['completions']} completions, with the checkpoint that did best on {base['curve_problems']} held-back "
-        f"training problems, by which the rate was chosen too (seed 0). Intervals: Student's t over three seeds, else "
-        f"Wilson's over problems; of a gain a bootstrap over problems. pass@k at temperature 1. Three runs shared the "
-        f"card, and the seconds. {where(found)}.\n"
+        f"{base['completions']} completions{checkpoint}; the rate was chosen by {tuning['rows'][0]['problems']} "
+        "held-back problems, seed 0. Intervals: Student's t over three seeds, else Wilson's over problems; of a gain a "
+        "bootstrap over problems. pass@k at temperature 1. Three runs shared the machine, and the seconds. "
+        f"{where(found)}.\n"
     )
     return table(headings, rows) + note
 
@@ -290,30 +296,9 @@ def multiply_embedded() -> str:
     return table([*headings, "tokens sampled", "tokens trained", "seconds"], rows) + note
 
 
-def multiply_embedded_hard() -> str:
-    found = result("multiply-embedded-hard")
-    found["rows"].sort(key=lambda r: (r["lr"], r["seed"]))
-    steps = list(found["rows"][0]["curve"])
-    rows = [
-        [f"{r['lr']:g}, seed {r['seed']}", *[f"{r['curve'][step]:.1%}" for step in steps]]
-        + [f"{r[key]:.1%} ({r[f'{of}low']:.1%} to {r[f'{of}high']:.1%})" for key, of in _BEFORE_AND_AFTER]
-        + [f"{100 * r['gain']:+.1f} points ({100 * r['gain_low']:+.1f} to {100 * r['gain_high']:+.1f})"]
-        for r in found["rows"]
-    ]
-    first = found["rows"][0]
-    note = (
-        f"\n`{first['method']}`, greedy; the curve on {first['curve_problems']} held-back problems, the rest on "
-        f"{first['problems']} test problems; intervals over problems (Wilson's, and a paired bootstrap for gains). "
-        f"{where(found)}.\n"
-    )
-    return (
-        table(["rate", *[f"step {step}" for step in steps], "test, before", "test, after", "paired gain"], rows) + note
-    )
-
-
 TABLES = {
     "demo-compare": demo_compare,
-    "svamp-smollm2": svamp_smollm2,
+    "svamp-smollm2": lambda: tuned("svamp-smollm2"),
     "svamp-short": svamp_short,
     "memory-grid": memory_grid,
     "on-paper": on_paper,
@@ -325,7 +310,7 @@ TABLES = {
     "w3": w3,
     "ablations": ablations,
     "multiply-embedded": multiply_embedded,
-    "multiply-embedded-hard": multiply_embedded_hard,
+    "multiply-embedded-hard": lambda: tuned("multiply-embedded-hard"),
 }
 
 
