@@ -2,13 +2,13 @@
 
     python bench/growth.py OUT [--tiny] [--only group|length|size]
 
-What a growth.json in OUT holds is not measured again.
+What a growth.json in OUT holds, of the same card, is not measured again.
 
 A step of one workload in which one number changes: completions of a prompt (4 to 64), new tokens (64 to 2,048), size of
 the model (135M, 0.5B, 1.5B, 7B shapes, random weights, bf16). Four prompts of 128 tokens, LoRA r=16 on q and v of the
 last third, ends ignored.
 
-The roofline is what this card reached in this call, in two loops of its own: bytes a second of a large copy, and
+The roofline is what this card reached in the first call, in two loops of its own: bytes a second of a large copy, and
 operations a second of a large product in bf16. Sampling: for each token, weights and the cache as it is then are read
 once, or the operations of the products, whichever takes longer; training: the operations of the layers that carry
 gradient and of the head, forward and backward, without what is computed again.
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from common import SHAPES, our_run, random_model, row, write
 
+from shoestring.environment import device_name
 from shoestring.plan import predict
 
 PROMPTS, PROMPT = 4, 128
@@ -101,6 +102,7 @@ def main(out: str, tiny: bool, only: str) -> None:
     assert all(point.get("shape", "tiny") in SHAPES for points in AXES.values() for point in points)
     before = Path(out) / "growth.json"
     found = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {"rows": []}
+    assert found.get("device", device_name()) == device_name(), f"{before} is of another card: write elsewhere"
     if not found["rows"]:
         found["bytes_per_s"], found["operations_per_s"] = reached(tiny)
     more = {key: found[key] for key in ("bytes_per_s", "operations_per_s")}

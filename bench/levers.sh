@@ -8,8 +8,9 @@ set -euo pipefail
 # NAME RECIPE, then settings
 lever() {
   { [ ${#wanted[@]} = 0 ] || [[ " ${wanted[*]} " == *" $1 "* ]]; } || return 0
-  while (($(jobs -rp | wc -l) >= ${AT_ONCE:-4})); do wait -n || failed=1; done
+  while (($(jobs -rp | wc -l) >= ${AT_ONCE:-4})); do sleep 1; done
   carried_out "$@" &
+  begun+=($!)
 }
 carried_out() {
   local out=runs/levers/$1
@@ -20,7 +21,7 @@ carried_out() {
   echo "$1 is done"
 }
 
-wanted=("$@") failed=0
+wanted=("$@") begun=() failed=0
 mkdir -p runs/levers
 svamp='{name="svamp",validation=100}'
 lever words svamp-smollm2 "task={name=\"mixture\",of=[$svamp,\"word-problems\"],num=[600,3000]}"
@@ -33,6 +34,6 @@ lever t-spmo-replay-success svamp-smollm2-t-spmo algorithm.replay_from=success
 lever t-spmo-large-groups svamp-smollm2-t-spmo sampling.num_prompts=4 sampling.num_completions=64
 lever t-spmo-colder svamp-smollm2-t-spmo sampling.temperature=0.5
 lever t-spmo-colder-large svamp-smollm2-t-spmo sampling.temperature=0.5 sampling.num_prompts=4 sampling.num_completions=64
-while (($(jobs -rp | wc -l))); do wait -n || failed=1; done
+for process in "${begun[@]}"; do wait "$process" || failed=1; done
 python3 bench/levers.py
 exit $failed

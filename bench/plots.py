@@ -48,8 +48,8 @@ def ablations() -> None:
 def svamp() -> None:
     rows = result("svamp-smollm2-lr")["rows"]
     methods = list(dict.fromkeys(r["method"] for r in rows))
-    figure, axes = plt.subplots(1, len(methods), figsize=(11, 3.4), sharex=True, sharey=True)
-    for axis, method in zip(axes, methods, strict=True):
+    figure, axes = plt.subplots(1, len(methods), figsize=(11, 3.4), sharex=True, sharey=True, squeeze=False)
+    for axis, method in zip(axes[0], methods, strict=True):
         for r in rows:
             if r["method"] == method:
                 curves(axis, [r["curve"]], f"{r['lr']:g}")

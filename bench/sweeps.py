@@ -24,7 +24,7 @@ def row(figures: dict[str, Any]) -> dict[str, Any]:
     config = configs.load(folder / "config.toml")
     right = round(figures["base_accuracy"] * figures["problems"])
     found = {
-        **{key: value for key, value in figures.items() if key not in ("optim.lr", "run", "device")},
+        **{key: value for key, value in figures.items() if key not in ("optim.lr", "run")},
         "lr": config.optim.lr,
         "prompts": config.sampling.num_prompts,
         "completions": config.sampling.num_completions,

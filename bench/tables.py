@@ -65,7 +65,8 @@ def tuned(name: str) -> str:
     """Of bench/tuned.sh: three methods tuned alike, then seeds at the rate chosen."""
     found, tuning = result(name), result(f"{name}-lr")
     base = found["rows"][0]
-    before = f"{base['base_accuracy']:.1%} ({base['base_low']:.1%} to {base['base_high']:.1%})"
+    befores = {r["base_accuracy"]: f"{r['base_low']:.1%} to {r['base_high']:.1%}" for r in found["rows"]}
+    before = "; ".join(f"{accuracy:.1%} ({interval})" for accuracy, interval in befores.items())
     rates = sorted({r["lr"] for r in tuning["rows"]})
     held_back = {(r["method"], r["lr"]): r["accuracy"] for r in tuning["rows"]}
     rows = [["before", *[""] * len(rates), "", before, "", "", _passes([found["base_at_temperature_1"]]), *[""] * 4]]
@@ -75,7 +76,7 @@ def tuned(name: str) -> str:
         gains = "; ".join(
             f"{100 * r['gain']:+.1f} ({100 * r['gain_low']:+.1f} to {100 * r['gain_high']:+.1f})" for r in runs
         )
-        tried = [f"{held_back[method, rate]:.1%}" for rate in rates]
+        tried = [f"{held_back[method, rate]:.1%}" if (method, rate) in held_back else "" for rate in rates]
         passes = _passes([r["at_temperature_1"] for r in runs])
         peak = max(r["peak_allocated_gib"] for r in runs)
         memory = f"{peak:.2f}" if peak else ""

@@ -30,8 +30,13 @@ def missing(name: str, what: str, method: str) -> str:
     if what == "rates":
         done = {r["lr"] for r in rows(f"{name}-lr") if r["method"] == method}
         return ",".join(f"{rate:g}" for rate in (*RATES, *MORE_RATES.get(name, ())) if rate not in done)
-    done = {r["seed"] for r in rows(name) if r["method"] == method}
+    rate = best(name, method)
+    done = {r["seed"] for r in rows(name) if r["method"] == method and r["lr"] == rate}
     return ",".join(str(seed) for seed in SEEDS if seed not in done)
+
+
+def best(name: str, method: str) -> float:
+    return best_rate((r["accuracy"], r["lr"]) for r in rows(f"{name}-lr") if r["method"] == method)
 
 
 def passes(path: Path) -> dict[str, Any]:
@@ -42,6 +47,8 @@ def passes(path: Path) -> dict[str, Any]:
 def collect(name: str, target: str, file: str, split: str, **more: Any) -> None:
     """A result file of one sweep of each method, judged by that split. Device and versions are those of the last."""
     found = {(r["method"], r["lr"], r["seed"]): r for r in rows(target)}
+    if split == "test":  # a rate that is no longer the best
+        found = {key: r for key, r in found.items() if r["lr"] == best(name, r["method"])}
     sweeps = [read(path) for method in METHODS if (path := RUNS / f"{name}-{method}" / file).is_file()]
     sweeps = [sweep for sweep in sweeps if any(figures["split"] == split for figures in sweep["rows"])]
     for figures in (figures for sweep in sweeps for figures in sweep["rows"]):
@@ -65,9 +72,10 @@ if __name__ == "__main__":
         case [name]:
             main(name)
         case [name, "best", method]:
-            print(best_rate((r["accuracy"], r["lr"]) for r in rows(f"{name}-lr") if r["method"] == method))
+            print(best(name, method))
         case [name, "runs", method]:
             path = RUNS / f"{name}-{method}" / "sweep.json"
-            print(*(figures["run"] for figures in (read(path)["rows"] if path.is_file() else [])))
+            found = read(path)["rows"] if path.is_file() else []
+            print(*(figures["run"] for figures in found if figures["split"] == "test"))
         case [name, what, method]:
             print(missing(name, what, method))

@@ -63,7 +63,9 @@ seeds_of() {
 # pass@k at temperature 1 of the warm start and of every final run.
 passes() { pass "$start/model" "runs/$name-base.json"; each passes_of; }
 passes_of() {
-  for run in $(python3 bench/tuned.py "$name" runs "$1"); do pass "$run" "$run/passes.json"; done
+  local runs
+  runs=$(python3 bench/tuned.py "$name" runs "$1")
+  for run in $runs; do pass "$run" "$run/passes.json"; done
 }
 pass() {
   [ -e "$2" ] && return

@@ -128,3 +128,9 @@ def test_nearest_offers_the_nearest_or_all() -> None:
 def test_our_errors_are_value_errors() -> None:
     assert issubclass(ShoestringError, ValueError)
     assert isinstance(RunConfig().algorithm.k, int)
+
+
+def test_entropies_are_not_for_a_recipe_to_ask_for() -> None:
+    with pytest.raises(ConfigError, match=r"sampling\.entropy is true; the algorithm says"):
+        load(None, ["sampling.entropy=true"])
+    assert load(None, ["algorithm.name=entropy-filter"]).drawing.entropy

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from shoestring import train
-from shoestring.batch import collate
+from shoestring.batch import training_rows
 from shoestring.config import settle
 from shoestring.memory import OutOfMemory, capped, free_bytes, parse_size, total_bytes
 from shoestring.optim import backward
+from shoestring.pieces import micro_batches
 from shoestring.plan import predict
 from shoestring.policy import Policy, load_policy
+from shoestring.products import add_product
 from shoestring.types import Completion, Credit, Group
 from tiny import prompt
 
@@ -47,22 +49,53 @@ def clean() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-def test_the_gradient_is_the_same_at_three_budgets() -> None:
-    policy = load_policy(settle(CONFIG).model, adapter=settle(CONFIG).adapter, device="cuda")
-    torch.manual_seed(1)
-    for name, parameter in policy.trained().items():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
+@pytest.mark.parametrize("trees", [False, True])
+def test_the_gradient_is_the_same_at_three_budgets(trees: bool) -> None:
+    policy = adapted("fp32")
     groups, credits = made()
-    whole = gradient(policy, groups, credits, 10**9, False)
+    whole = gradient(policy, groups, credits, 10**9, False, trees=trees)
     sizes = set()
     for memory in ("112MiB", "130MiB", "1GiB"):
         plan = predict({**CONFIG, "memory": memory})
         assert plan.fits
         sizes.add((plan.micro_batch, plan.sizes.checkpointing))
-        cut = gradient(policy, groups, credits, plan.micro_batch, plan.sizes.checkpointing)
+        cut = gradient(policy, groups, credits, plan.micro_batch, plan.sizes.checkpointing, trees=trees)
         assert (cut - whole).abs().max() <= 1e-5 * whole.abs().max()
     assert len(sizes) == 3
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 5e-5), ("bf16", 3e-2)])
+def test_trees_in_our_own_layers_have_the_gradient_of_rows_in_those_of_transformers(
+    dtype: str, tolerance: float
+) -> None:
+    policy = adapted(dtype)
+    groups, credits = made()
+    rows = gradient(policy, groups, credits, 10**9, False, trees=False)
+    for max_tokens, checkpointing in ((10**9, False), (1500, True)):
+        found = gradient(policy, groups, credits, max_tokens, checkpointing, trees=True)
+        assert (found - rows).norm() <= tolerance * rows.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_added_to_what_is_there_and_to_nothing_where_it_is_fresh(dtype: torch.dtype) -> None:
+    a, b = (torch.randn(40, n, device=CUDA).to(dtype) for n in (24, 16))
+    wanted = 2 * (a[:, 8:].double().T @ b.double())
+    total = torch.full((16, 16), torch.nan, device=CUDA)
+    add_product(total, a[:, 8:].T, b, scale=2.0, fresh=True)
+    assert (total - wanted).abs().max() < 1e-4
+    add_product(total, a[:, 8:].T, b, scale=2.0)
+    assert (total - 2 * wanted).abs().max() < 2e-4
+
+
+def adapted(dtype: str) -> Policy:
+    """The embedded model with an adapter that does something."""
+    config = settle({**CONFIG, "model": {"dtype": dtype}})
+    policy = load_policy(config.model, adapter=config.adapter, device="cuda")
+    torch.manual_seed(1)
+    for name, parameter in policy.trained().items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return policy
 
 
 def made() -> tuple[list[Group], list[Credit]]:
@@ -82,9 +115,11 @@ def made() -> tuple[list[Group], list[Credit]]:
 
 
 def gradient(
-    policy: Policy, groups: list[Group], credits: list[Credit], max_tokens: int, checkpointing: bool
+    policy: Policy, groups: list[Group], credits: list[Credit], max_tokens: int, checkpointing: bool, *, trees: bool
 ) -> torch.Tensor:
-    batches = collate(groups, credits, max_tokens=max_tokens)
+    """Of one step, in padded rows or in trees."""
+    rows = training_rows(groups, credits, normalise="groups", beta=0.0)
+    batches = micro_batches(rows, max_tokens, trees=trees)
     objective = settle(CONFIG).objective
     for index in range(len(batches)):
         backward(policy, batches, index, [None] * len(batches), objective, 1.0, checkpointing)

@@ -545,12 +545,19 @@ def test_the_smallest_budget_is_enough_and_two_per_cent_less_is_not(
     assert setting.startswith(("model.dtype", "adapter.", "optim.name", "sampling."))
 
 
+def test_a_host_has_no_launches_to_save_by_recomputing() -> None:
+    """All of the default's rows fit with recomputing only; in two pieces they do without."""
+    plan = predict({"execution": {"device": "cpu"}})
+    assert not plan.sizes.checkpointing
+    assert plan.sizes.micro_rows < plan.work.rows
+
+
 def test_recomputing_pays_where_the_host_would_launch_many_small_pieces(qwen: dict[str, Any]) -> None:
     matrices = 2 * 1536 * 1536 + 2 * 256 * 1536 + 3 * 8960 * 1536  # of a layer
     balanced = 1.5e11 / matrices  # tokens with which host and card take equally long
 
     def time(share: float, rows: int, checkpointing: bool) -> float:
-        work = replace(predict(qwen).work, rows=64, prompt=1, added=round(share * balanced))
+        work = replace(predict(qwen).work, rows=64, prompt=1, added=round(share * balanced), gpu=True)
         return _layer_time(work, Sizes(64, rows, checkpointing))
 
     assert time(0.05, 3, False) == 22.0 > time(0.05, 4, True) == 16 * 1.25 > time(0.05, 4, False) == 16.0

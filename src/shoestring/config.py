@@ -191,6 +191,10 @@ class RunConfig(Settings):
                 "greedy completions of a prompt are all the same, so every advantage would be 0",
                 "use 1.0",
             )
+        if self.sampling.entropy:
+            raise ConfigError(
+                "sampling.entropy is true", "the algorithm says whether entropies are needed", "leave it out"
+            )
         if self.adapter.name == "none":
             self._suits_training_all_weights()
         return self

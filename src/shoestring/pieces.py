@@ -68,7 +68,8 @@ class Snapshot:
         if not self._weights:
             raise HalfAStep(
                 "memory ran out in the optimizer's step",
-                f"above {size_text(_COPIED)} of trained weights and optimizer state no copy is kept to go back to",
+                "no copy is kept to go back to, for it is thought to take no memory, or weights and state are above "
+                f"{size_text(_COPIED)}",
                 'go on from the last checkpoint with more memory, or start a run with optim.name = "adamw-cpu"',
             )
         with torch.no_grad():

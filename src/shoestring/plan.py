@@ -292,10 +292,10 @@ def _micro(config: RunConfig, work: Work, wave_rows: int, limit: int, allowed: i
 
 
 def _layer_time(work: Work, sizes: Sizes) -> float:
-    """What a step's micro-batches take for one layer, in launches of its pass forward and back. Recomputing adds a
-    quarter to the launches and a third to the products."""
+    """What a step's micro-batches take for one layer, in launches of its pass forward and back, which count on a GPU
+    only. Recomputing adds a quarter to the launches and a third to the products."""
     matrices = sum(linear.inputs * linear.outputs for linear in work.shape.linears)
-    launched, busy = 1.0, sizes.micro_rows * work.row_tokens * matrices / _LAUNCHED
+    launched, busy = float(work.gpu), sizes.micro_rows * work.row_tokens * matrices / _LAUNCHED
     if sizes.checkpointing:
         launched, busy = launched * 1.25, busy * 4 / 3
     return -(-work.rows // sizes.micro_rows) * max(launched, busy)
