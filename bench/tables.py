@@ -256,6 +256,21 @@ def ablations() -> str:
     return table(headings, rows) + note
 
 
+def breadth() -> str:
+    found = result("multiply-embedded-breadth")
+    digits, ks = list(found["rows"][0]["digits"]), list(found["rows"][0]["pass_at_k"])
+    rows = []
+    for method in dict.fromkeys(r["method"] for r in found["rows"]):
+        runs = [r for r in found["rows"] if r["method"] == method]
+        greedy = [spread([r["digits"][d]["accuracy"] for r in runs], ".1%") for d in digits]
+        rows.append([f"`{method}`", *greedy, *[spread([r["pass_at_k"][k] for r in runs], ".1%") for k in ks]])
+    note = (
+        f"\nOf {found['rows'][0]['problems']} test problems each; means of three seeds with the least and the greatest. "
+        f"pass@k at temperature 1 from {found['rows'][0]['samples']} completions. {where(found)}.\n"
+    )
+    return table(["method", *[f"{d}, greedy" for d in digits], *[f"2x2, pass@{k}" for k in ks]], rows) + note
+
+
 def _over_seeds(runs: list[dict[str, Any]]) -> list[str]:
     """The rate, the accuracy with its interval (over seeds, or over problems where there is one), and the cost."""
     sampled, trained = (statistics.mean(r[key] for r in runs) for key in ("tokens_sampled", "tokens_trained"))
@@ -310,6 +325,7 @@ TABLES = {
     "decode": decode,
     "w3": w3,
     "ablations": ablations,
+    "multiply-embedded-breadth": breadth,
     "multiply-embedded": multiply_embedded,
     "multiply-embedded-hard": lambda: tuned("multiply-embedded-hard"),
 }
