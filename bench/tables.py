@@ -265,7 +265,7 @@ def breadth() -> str:
         greedy = [spread([r["digits"][d]["accuracy"] for r in runs], ".1%") for d in digits]
         rows.append([f"`{method}`", *greedy, *[spread([r["pass_at_k"][k] for r in runs], ".1%") for k in ks]])
     note = (
-        f"\nOf {found['rows'][0]['problems']} test problems each; means of three seeds with the least and the greatest. "
+        f"\nOf {found['rows'][0]['problems']} test problems each; means of three seeds with the least and greatest. "
         f"pass@k at temperature 1 from {found['rows'][0]['samples']} completions. {where(found)}.\n"
     )
     return table(["method", *[f"{d}, greedy" for d in digits], *[f"2x2, pass@{k}" for k in ks]], rows) + note
