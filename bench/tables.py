@@ -69,7 +69,10 @@ def tuned(name: str) -> str:
     before = "; ".join(f"{accuracy:.1%} ({interval})" for accuracy, interval in befores.items())
     rates = sorted({r["lr"] for r in tuning["rows"]})
     held_back = {(r["method"], r["lr"]): r["accuracy"] for r in tuning["rows"]}
-    rows = [["before", *[""] * len(rates), "", before, "", "", _passes([found["base_at_temperature_1"]]), *[""] * 4]]
+    others = list(found.get("base_elsewhere", {}))
+    abroad = [_elsewhere([found["base_elsewhere"]], other) for other in others]
+    at_first = _passes([found["base_at_temperature_1"]])
+    rows = [["before", *[""] * len(rates), "", before, "", "", at_first, *abroad, *[""] * 4]]
     for method in dict.fromkeys(r["method"] for r in found["rows"]):
         runs = [r for r in found["rows"] if r["method"] == method]
         chosen, accuracy, each, *cost = _over_seeds(runs)
@@ -80,9 +83,12 @@ def tuned(name: str) -> str:
         passes = _passes([r["at_temperature_1"] for r in runs])
         peak = max(r["peak_allocated_gib"] for r in runs)
         memory = f"{peak:.2f}" if peak else ""
-        rows.append([f"`{method}`", *tried, chosen, accuracy, each, gains, passes, *cost[:2], memory, cost[2]])
+        abroad = [_elsewhere([r["elsewhere"] for r in runs], other) for other in others]
+        rows.append([f"`{method}`", *tried, chosen, accuracy, each, gains, passes, *abroad, *cost[:2], memory, cost[2]])
     headings = ["method", *[f"held back, {rate:g}" for rate in rates], "rate chosen", "test (95 %)", "each seed"]
-    headings += ["paired gain, points", "pass@1, 4, 16", "tokens sampled", "tokens trained", "peak GiB", "seconds"]
+    tries = ", ".join(found["base_at_temperature_1"].get("pass_at_k", {}))
+    headings += ["paired gain, points", f"pass@{tries}", *others]
+    headings += ["tokens sampled", "tokens trained", "peak GiB", "seconds"]
     checkpoint = (
         f", with the checkpoint that did best on {base['curve_problems']} held-back training problems"
         if base["chosen_on"]
@@ -115,6 +121,12 @@ def _passes(found: list[dict[str, Any]]) -> str:
     """pass@k, means over the runs in which it was measured."""
     measured = [f["pass_at_k"] for f in found if f]
     return ", ".join(f"{statistics.mean(m[k] for m in measured):.1%}" for k in measured[0]) if measured else "not yet"
+
+
+def _elsewhere(found: list[dict[str, Any]], name: str) -> str:
+    """Greedy accuracy on other problems, over the runs in which it was measured."""
+    measured = [f[name]["accuracy"] for f in found if name in f]
+    return spread(measured, ".1%") if measured else "not yet"
 
 
 def where(found: dict[str, Any]) -> str:
@@ -282,9 +294,10 @@ def svamp_levers() -> str:
         rows.append([r["lever"], f"{r['accuracy']:.0%} ({r['low']:.0%} to {r['high']:.0%})", trained, curve, *cost])
     first = found["rows"][0]
     note = (
-        f"\nGreedy accuracy on {first['problems']} held-back training problems, which also chose the checkpoint, and on "
-        f"{first['train_problems']} of those trained on; from {first['base_accuracy']:.0%}. The curve is that of the "
-        f"former, every 20 steps. Seed {first['seed']}; four runs shared the machine, and the seconds. {where(found)}.\n"
+        f"\nGreedy accuracy on {first['problems']} held-back training problems, which also chose the checkpoint, and "
+        f"on {first['train_problems']} of those trained on; from {first['base_accuracy']:.0%}. The curve is that of "
+        f"the former, every 20 steps. Seed {first['seed']}; four runs shared the machine, and the seconds. "
+        f"{where(found)}.\n"
     )
     headings = ["lever", "held back (95 %)", "trained on", "curve, %", "tokens sampled", "tokens trained", "seconds"]
     return table(headings, rows) + note

@@ -18,6 +18,7 @@ RUNS, RESULTS = ROOT / "runs", ROOT / "bench" / "results"
 RATES, SEEDS = (1e-4, 3e-4, 1e-3), (0, 1, 2)
 MORE_RATES = {"multiply-embedded-hard": (3e-3,)}
 PASSES = ("accuracy", "pass_at_k", "pass_at_k_interval", "samples", "truncated")
+GREEDY = ("accuracy", "low", "high", "problems")
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -44,6 +45,15 @@ def passes(path: Path) -> dict[str, Any]:
     return {key: value for key, value in read(path).items() if key in PASSES} if path.is_file() else {}
 
 
+def elsewhere(begin: str) -> dict[str, Any]:
+    """Greedy accuracy on other problems, by their name, of files that begin so."""
+    folder, prefix = (ROOT / f"{begin}elsewhere-x").parent, (ROOT / f"{begin}elsewhere-").name
+    return {
+        path.stem.removeprefix(prefix): {key: value for key, value in read(path).items() if key in GREEDY}
+        for path in sorted(folder.glob(f"{prefix}*.json"))
+    }
+
+
 def collect(name: str, target: str, file: str, split: str, **more: Any) -> None:
     """A result file of one sweep of each method, judged by that split. Device and versions are those of the last."""
     found = {(r["method"], r["lr"], r["seed"]): r for r in rows(target)}
@@ -52,7 +62,12 @@ def collect(name: str, target: str, file: str, split: str, **more: Any) -> None:
     sweeps = [read(path) for method in METHODS if (path := RUNS / f"{name}-{method}" / file).is_file()]
     sweeps = [sweep for sweep in sweeps if any(figures["split"] == split for figures in sweep["rows"])]
     for figures in (figures for sweep in sweeps for figures in sweep["rows"]):
-        own = {**row(figures), "at_temperature_1": passes(ROOT / figures["run"] / "passes.json")}
+        run = figures["run"]
+        own = {
+            **row(figures),
+            "at_temperature_1": passes(ROOT / run / "passes.json"),
+            "elsewhere": elsewhere(f"{run}/"),
+        }
         found[own["method"], own["lr"], own["seed"]] = own
     if sweeps:
         order = sorted(found.values(), key=lambda r: (METHODS.index(r["method"]), r["lr"], r["seed"]))
@@ -61,10 +76,14 @@ def collect(name: str, target: str, file: str, split: str, **more: Any) -> None:
 
 def main(name: str) -> None:
     collect(name, f"{name}-lr", "rates.json", "validation")
-    base = passes(RUNS / f"{name}-base.json")
-    if not base and (RESULTS / f"{name}.json").is_file():
-        base = read(RESULTS / f"{name}.json").get("base_at_temperature_1", {})
-    collect(name, name, "sweep.json", "test", base_at_temperature_1=base)
+    before = read(RESULTS / f"{name}.json") if (RESULTS / f"{name}.json").is_file() else {}
+    begin = f"runs/{name}-base-"
+    base = {
+        "base_at_temperature_1": passes(ROOT / f"{begin}passes.json"),
+        "base_elsewhere": elsewhere(begin),
+    }
+    kept = {key: before[key] for key in base if key in before}
+    collect(name, name, "sweep.json", "test", **base | kept if not any(base.values()) else base)
 
 
 if __name__ == "__main__":

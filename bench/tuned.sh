@@ -3,24 +3,30 @@
 # in these files, and runs that are done, are not made again.
 #   bench/tuned.sh NAME [STAGE ...]
 # NAME: svamp-smollm2, multiply-2x2-smollm2, multiply-3x3-smollm2 (a GPU), multiply-embedded-hard (a CPU).
-# Stages in order: sft rates results seeds passes results; default: all. The three methods run beside each other, so a
-# run's seconds are not those it takes alone.
+# Stages in order: sft rates results seeds passes elsewhere results; default: all. The three methods run beside each other,
+# so a run's seconds are not those it takes alone.
 set -euo pipefail
 shoestring=(python3 -m shoestring)
 name=$1
 start=runs/$name-sft
 
-# The recipes' name, what the warm start and all else take, and how pass@k is judged.
+# The recipes' name, what the warm start and all else take, how pass@k is judged, and what else greedily: a name and how.
 case $name in
   svamp-smollm2)
-    recipe=$name sft=(recipes/smollm2-sft.toml) settings=() judged=(--task svamp --max-new-tokens 96) ;;
-  multiply-2x2-smollm2) sft=(recipes/multiply-smollm2-sft.toml) settings=('task.digits=[2,2]') ;;&
-  multiply-3x3-smollm2) sft=(recipes/multiply-smollm2-sft.toml num=6400) settings=('task.digits=[3,3]') ;;&
-  multiply-*-smollm2) recipe=multiply-smollm2 judged=(--task multiplication --max-new-tokens 128) ;;
+    recipe=$name sft=(recipes/smollm2-sft.toml) settings=()
+    judged=(--task svamp --max-new-tokens 96 --k 1,4,16,64) elsewhere=('gsm8k --task gsm8k --max-new-tokens 256') ;;
+  multiply-2x2-smollm2) sft=(recipes/multiply-smollm2-sft.toml) settings=('task.digits=[2,2]') others=(1,3 2,3 3,3) ;;&
+  multiply-3x3-smollm2)
+    sft=(recipes/multiply-smollm2-sft.toml num=6400) settings=('task.digits=[3,3]') others=(2,2 2,3 3,2) ;;&
+  multiply-*-smollm2)
+    recipe=multiply-smollm2 judged=(--task multiplication --max-new-tokens 128 --k 1,4,16,64) elsewhere=()
+    for digits in "${others[@]}"; do
+      elsewhere+=("${digits/,/x} --task multiplication --max-new-tokens 128 task.digits=[$digits]")
+    done ;;
   multiply-embedded-hard)
     export OMP_NUM_THREADS=1
     recipe=$name sft=("recipes/$name-sft.toml") settings=('task.digits=[3,2]')
-    judged=(--task multiplication --max-new-tokens 80) ;;
+    judged=(--task multiplication --max-new-tokens 80 --k 1,4,16) elsewhere=() ;;
   *) echo "no such name: $name" >&2 && exit 1 ;;
 esac
 
@@ -61,19 +67,33 @@ seeds_of() {
 }
 
 # pass@k at temperature 1 of the warm start and of every final run.
-passes() { pass "$start/model" "runs/$name-base.json"; each passes_of; }
-passes_of() {
+passes() { for_all pass; }
+pass() { evaluated "$1" "$2passes.json" "${settings[@]}" "${judged[@]}" --temperature 1; }
+
+# Greedy accuracy of the same on other problems.
+elsewhere() { for_all judge_elsewhere; }
+judge_elsewhere() {
+  local label how
+  for line in "${elsewhere[@]}"; do
+    read -r label how <<< "$line"
+    evaluated "$1" "$2elsewhere-$label.json" $how
+  done
+}
+
+# A job, given a model and how its files begin.
+for_all() { job=$1; "$job" "$start/model" "runs/$name-base-"; each for_runs_of; }
+for_runs_of() {
   local runs
   runs=$(python3 bench/tuned.py "$name" runs "$1")
-  for run in $runs; do pass "$run" "$run/passes.json"; done
+  for run in $runs; do "$job" "$run" "$run/"; done
 }
-pass() {
+evaluated() {
   [ -e "$2" ] && return
-  "${shoestring[@]}" eval "$1" "${settings[@]}" "${judged[@]}" --k 1,4,16 --temperature 1 --json > "$2.draft"
+  "${shoestring[@]}" eval "$1" "${@:3}" --json > "$2.draft"
   mv "$2.draft" "$2"
 }
 
 results() { python3 bench/tuned.py "$name"; }
 
 shift
-for stage in ${@:-sft rates results seeds passes results}; do "$stage"; done
+for stage in ${@:-sft rates results seeds passes elsewhere results}; do "$stage"; done
