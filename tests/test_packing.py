@@ -80,8 +80,7 @@ def same_logprobs(policy: Policy, tree: Batch, whole: Batch) -> None:
 @pytest.mark.parametrize("family", TREE_MODELS)
 @pytest.mark.parametrize("step", [STAR, TRIE, some_step()], ids=["star", "trie", "random"])
 def test_log_probs_and_gradients_are_those_of_the_rows(family: str, step: Step) -> None:
-    options = {"sizes": {"sliding_window": None}} if family == "mistral" else {}
-    policy = random_policy(family, **options)
+    policy = random_policy(family)  # mistral's with a window shorter than the rows
     assert policy.takes_trees
     assert policy.own_layers == (family in MODELS)
     rows = training_rows(*step)
@@ -199,6 +198,12 @@ def test_a_row_whose_tokens_are_all_another_s() -> None:
     close(gradients(policy, [tree]), gradients(policy, [whole]), 5e-5)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mistral", "gpt2"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt2"])
 def test_other_attention_takes_rows(family: str) -> None:
     assert not random_policy(family).takes_trees
+
+
+def test_a_window_takes_trees_in_our_own_layers_only() -> None:
+    policy = random_policy("mistral")
+    policy.own_layers = False
+    assert not policy.takes_trees

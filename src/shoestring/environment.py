@@ -39,7 +39,8 @@ def device_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-        return f"{names[0]}, {torch.get_num_threads()} threads" if names else platform.processor()
+        threads = torch.get_num_threads()
+        return f"{names[0]}, {threads} thread{'s' * (threads > 1)}" if names else platform.processor()
     except OSError:
         return platform.processor() or platform.machine()
 

@@ -224,7 +224,7 @@ def wilson(successes: int, trials: int) -> Interval:
     share, z2 = successes / trials, _Z95**2
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = _Z95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return centre - half if successes else 0.0, centre + half if successes < trials else 1.0
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -155,7 +155,8 @@ class Policy:
         """The same by the layers of `shoestring.layers`."""
         assert batch.paths is not None
         decoder, first = self.decoder, self.first_gradient_layer
-        blocks, adapted = blocks_of(batch.paths), not self._as_reference
+        blocks = blocks_of(batch.paths) if decoder.sees_all(batch.paths.nodes.shape[1]) else None
+        adapted = not self._as_reference
         if adapted and not self._taken_over:
             decoder.sync()
         layers = Pass(decoder, batch.paths, adapted, blocks, recompute=self._recompute)
@@ -171,7 +172,7 @@ class Policy:
     def own_layers(self) -> bool:
         """Whether training runs the layers by our own code: for the models that the decode step knows, where nothing
         but LoRA is trained. Set it to False for the reference, transformers' own."""
-        return self.takes_trees and self.adapted is not None and not unsupported(self)
+        return self._attends_plainly and self.adapted is not None and not unsupported(self)
 
     @property
     def decoder(self) -> Decoder:
@@ -194,12 +195,17 @@ class Policy:
     @property
     def takes_trees(self) -> bool:
         """Whether training can run what rows share once: the attention of every layer has to be torch's own over all
-        that came before."""
+        that came before, or over a window of it in our own layers."""
+        config = self.base.config
+        window = config.model_type == "mistral" and getattr(config, "sliding_window", None) is not None
+        return self._attends_plainly and (not window or self.own_layers)
+
+    @property
+    def _attends_plainly(self) -> bool:
         config = self.base.config
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        window = config.model_type == "mistral" and getattr(config, "sliding_window", None) is not None
         known = config.model_type in TREE_MODELS and self._post is not None and not self.plain
-        return known and kinds == {"full_attention"} and not window and config._attn_implementation == "sdpa"
+        return known and kinds == {"full_attention"} and config._attn_implementation == "sdpa"
 
     @cached_property
     def first_gradient_layer(self) -> int:

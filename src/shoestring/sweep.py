@@ -38,7 +38,7 @@ def carry_out(trials: Sequence[Trial], say: Callable[[str], None]) -> tuple[dict
             for card in cards:
                 if card not in running and waiting and not stopped:
                     trial = waiting.pop(0)
-                    say(f"{trial.label}: {'goes on' if trial.folder.is_dir() else 'starts'}")
+                    say(f"{trial.label}: {_comes_to(trial)}")
                     running[card] = trial, _started(trial, card)
             for card, (trial, process) in list(running.items()):
                 if stopped and process.stdin:
@@ -53,6 +53,12 @@ def carry_out(trials: Sequence[Trial], say: Callable[[str], None]) -> tuple[dict
                     say(f"{trial.label}: FAILED: {failed[trial.label]} ({trial.log})")
             time.sleep(0.1)
     return failed, stopped[0] if stopped else 0
+
+
+def _comes_to(trial: Trial) -> str:
+    if not trial.folder.is_dir():
+        return "starts"
+    return "goes on" if checkpoint.steps_done(trial.folder) < trial.config.steps else "is evaluated"
 
 
 def _cards(trials: Sequence[Trial]) -> Sequence[str | None]:

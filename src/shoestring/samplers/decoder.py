@@ -329,6 +329,10 @@ class Decoder:
         """Whether the model's weights still lie in the joined storages: `.to()` and `deepcopy` part them."""
         return all(owner[name] is weight and weight.data_ptr() == at for owner, name, weight, at in self._weights)
 
+    def sees_all(self, length: int) -> bool:
+        """Whether attention reaches back to the start of a text of so many tokens in every layer."""
+        return all(layer.window is None or layer.window >= length for layer in self.layers)
+
     @torch.no_grad()
     def sync(self) -> None:
         """Takes over the adapter's weights as they are now."""

@@ -382,8 +382,8 @@ class _Wave:
             places = [self._place[p] for p in used]
             prompts = [self._prompts[p].token_ids for p in used]
             paths, ends = side_by_side([len(ids) for ids in prompts], self._policy.device)
-            free = all(layer.window is None or layer.window >= paths.nodes.shape[1] for layer in decoder.layers)
-            blocks, cache = blocks_of(paths) if free else None, _Prompts(self._table.keys.prompt, places)
+            blocks = blocks_of(paths) if decoder.sees_all(paths.nodes.shape[1]) else None
+            cache = _Prompts(self._table.keys.prompt, places)
             how = Pass(decoder, paths, adapted=True, blocks=blocks, cache=cache)
             tokens = torch.tensor([token for ids in prompts for token in ids], device=self._policy.device)
             x = how.run(F.embedding(tokens, decoder.embedding), decoder.layers[:split])
