@@ -6,7 +6,8 @@ python bench/plots.py
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -45,8 +46,9 @@ def ablations() -> None:
     save(figure, "ablations")
 
 
-def svamp() -> None:
-    rows = result("svamp-smollm2-lr")["rows"]
+def rates(name: str) -> None:
+    """Curves of bench/tuned.sh: a method each, its learning rates in it."""
+    rows = result(f"{name}-lr")["rows"]
     methods = list(dict.fromkeys(r["method"] for r in rows))
     figure, axes = plt.subplots(1, len(methods), figsize=(11, 3.4), sharex=True, sharey=True, squeeze=False)
     for axis, method in zip(axes[0], methods, strict=True):
@@ -58,7 +60,7 @@ def svamp() -> None:
         axis.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=0))
     figure.supxlabel("step", fontsize=9)
     figure.supylabel(f"of {rows[0]['curve_problems']} held-back problems", fontsize=9)
-    save(figure, "svamp-smollm2")
+    save(figure, name)
 
 
 def growth() -> None:
@@ -104,11 +106,18 @@ def save(figure: Any, name: str) -> None:
     plt.close(figure)
 
 
-# Each figure, and the result file that it needs.
-DRAWN = {ablations: "ablations", svamp: "svamp-smollm2-lr", growth: "growth"}
+# Of each result file a figure.
+DRAWN: dict[str, Callable[[], None]] = {
+    "ablations": ablations,
+    "growth": growth,
+    **{
+        f"{name}-lr": partial(rates, name)
+        for name in ("svamp-smollm2", "multiply-embedded-hard", "multiply-2x2-smollm2", "multiply-3x3-smollm2")
+    },
+}
 
 if __name__ == "__main__":
     mpl.rcParams.update({"svg.hashsalt": "shoestring", "svg.fonttype": "none"})
-    for draw, needed in DRAWN.items():
+    for needed, draw in DRAWN.items():
         if (ROOT / "bench" / "results" / f"{needed}.json").is_file():
             draw()
