@@ -2,15 +2,17 @@
 # A model on a task, three methods tuned alike, three seeds each: bench/results/NAME-lr.json, then NAME.json. Rows that are
 # in these files, and runs that are done, are not made again.
 #   bench/tuned.sh NAME [STAGE ...]
-# NAME: svamp-smollm2, multiply-2x2-smollm2, multiply-3x3-smollm2 (a GPU), multiply-embedded-hard (a CPU).
+# NAME: svamp-smollm2, multiply-2x2-smollm2, multiply-3x3-smollm2 (a GPU), multiply-embedded-hard and
+# multiply-embedded-harder (a CPU).
 # Stages in order: sft rates results seeds passes elsewhere results; default: all. The three methods run beside each other,
 # so a run's seconds are not those it takes alone.
 set -euo pipefail
 shoestring=(python3 -m shoestring)
 name=$1
-start=runs/$name-sft
+start=runs/$name-sft trained=()
 
-# The recipes' name, what the warm start and all else take, how pass@k is judged, and what else greedily: a name and how.
+# The recipes' name, what the warm start and all else take, what training takes besides, how pass@k is judged, and what else
+# greedily: a name and how.
 case $name in
   svamp-smollm2)
     recipe=$name sft=(recipes/smollm2-sft.toml) settings=()
@@ -23,10 +25,13 @@ case $name in
     for digits in "${others[@]}"; do
       elsewhere+=("${digits/,/x} --task multiplication --max-new-tokens 128 task.digits=[$digits]")
     done ;;
-  multiply-embedded-hard)
+  multiply-embedded-hard) digits=[3,2] tokens=80 taught=6400 ;;&
+  multiply-embedded-harder) digits=[3,3] tokens=128 taught=12800 ;;&
+  multiply-embedded-*)
     export OMP_NUM_THREADS=1
-    recipe=$name sft=("recipes/$name-sft.toml") settings=('task.digits=[3,2]')
-    judged=(--task multiplication --max-new-tokens 80 --k 1,4,16) elsewhere=() ;;
+    recipe=multiply-embedded-hard sft=(recipes/multiply-embedded-hard-sft.toml num=$taught) settings=("task.digits=$digits")
+    trained=(sampling.max_new_tokens=$tokens)
+    judged=(--task multiplication --max-new-tokens "$tokens" --k 1,4,16) elsewhere=() ;;
   *) echo "no such name: $name" >&2 && exit 1 ;;
 esac
 
@@ -42,7 +47,8 @@ each() {
 swept() {
   local own=recipes/$recipe-$1.toml
   [ -e "$own" ] || own=recipes/$recipe.toml
-  "${shoestring[@]}" sweep "$own" "algorithm.name=$1" "${settings[@]}" "model=$start/model" --out "runs/$name-$1" "${@:2}"
+  "${shoestring[@]}" sweep "$own" "algorithm.name=$1" "${settings[@]}" "${trained[@]}" "model=$start/model" \
+    --out "runs/$name-$1" "${@:2}"
 }
 
 sft() { [ -e "$start/model" ] || "${shoestring[@]}" sft "${sft[@]}" "${settings[@]}" "out=$start"; }
