@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from shoestring.samplers import Sampling
+from shoestring.samplers.fused import Fused
 from shoestring.samplers.graph import GraphEngine
 from shoestring.samplers.hf import HfEngine
-from shoestring.samplers.operations import Fused, Heads, Keys, Plain, Table
+from shoestring.samplers.operations import Heads, Keys, Table
+from shoestring.samplers.plain import Plain
 from tiny import prompt, random_policy
 
 if importlib.util.find_spec("triton") is None:

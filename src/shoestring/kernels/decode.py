@@ -1,5 +1,5 @@
-"""The kernels of `samplers.operations.Fused`, where shapes are told. Numbers are fp32 between load and store unless
-said otherwise."""
+"""The kernels of `samplers.fused`; shapes are told in `samplers.operations`. Numbers are fp32 between load and store
+unless said otherwise."""
 
 # Triton's types do not know what its compiler does with constants:
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportMissingImports=false
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# `Table.info` and `Table.where`, as in that file.
+# `Table.info` and `Table.where`, as in the latter.
 SLOT = tl.constexpr(0)
 LENGTH = tl.constexpr(1)
 PROMPT = tl.constexpr(2)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from shoestring.products import add_product
 from shoestring.samplers.base import Sampling
-from shoestring.samplers.operations import Fused, Heads, Operations, Plain, Table, keep_entropy
+from shoestring.samplers.fused import Fused
+from shoestring.samplers.operations import Heads, Operations, Table
+from shoestring.samplers.plain import Plain, keep_entropy
 
 if TYPE_CHECKING:
     from shoestring.policy import Policy

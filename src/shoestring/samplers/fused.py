@@ -1,0 +1,234 @@
+"""A decode step's operations as Triton kernels, and which of them fit a card."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shoestring.samplers.base import Sampling
+from shoestring.samplers.operations import Heads, Product, Table
+from shoestring.samplers.plain import Plain
+
+# Logits that one program of the draw looks at.
+_DRAW_BLOCK = 4096
+# Products with LoRA are one kernel up to so many rows, and up to sizes that differ for few rows and for more: where it
+# proved faster than three of cuBLAS, on an H100 with ranks of 16.
+_FEW_ROWS, _MOST_ROWS, _MOST_RANKS = 64, 512, 64
+
+
+class _Largest(NamedTuple):
+    weights: int
+    inputs: int
+
+
+_LARGEST = (_Largest(2**25, 5_000), _Largest(2**23, 2_048))
+
+
+class Fused:
+    """Triton, for CUDA. Attention is cut into `splits` parts of each row's tokens where rows are few."""
+
+    whole_rows = False
+
+    def __init__(self, programs: int = 264, shared: int = 227 * 2**10):
+        """`programs` is how many keep the card busy, two a multiprocessor, and `shared` the bytes of shared memory that
+        one can have: both by default an H100's."""
+        self._programs, self._shared = programs, shared
+
+    @classmethod
+    def on(cls, device: torch.device) -> Fused:
+        card = torch.cuda.get_device_properties(device)
+        return cls(2 * card.multi_processor_count, card.shared_memory_per_multiprocessor - 2**10)
+
+    def stages(self, size: int, most: int) -> int:
+        """How many steps of `size` bytes a kernel can load ahead, with a fifth of shared memory left for the rest."""
+        return max(min(self._shared * 4 // 5 // size, most), 1)
+
+    def begin(self, rows: Tensor, table: Table, heads: Heads) -> None:
+        """Kernels read what they need from the table."""
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._norm(x, x, weight, eps, add=False)
+
+    def add_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._norm(x, y, weight, eps, add=True)
+
+    def _norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float, *, add: bool) -> Tensor:
+        out = torch.empty_like(x)
+        count, width = x.shape
+        block = _power(width)
+        kernels().add_norm[(count,)](
+            x,
+            y,
+            weight,
+            out,
+            x.stride(0),
+            y.stride(0),
+            width,
+            eps,
+            ADD=add,
+            BLOCK=block,
+            num_warps=8 if block > 1024 else 4,
+        )
+        return out
+
+    def place(
+        self, qkv: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, norms: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        q = qkv.new_empty(len(qkv), heads.heads, heads.head_dim)
+        first, second = norms if norms is not None else (heads.inv_freq, heads.inv_freq)
+        kernels().place[(len(qkv), heads.heads + 2 * heads.kv_heads)](
+            qkv, q, table.info, rows, table.where, heads.inv_freq, first, second, layer, qkv.stride(0), heads.eps,
+            heads.scaling, HEADS=heads.heads, KV=heads.kv_heads, D=heads.head_dim, NORM=norms is not None, num_warps=1,
+        )  # fmt: skip
+        return q
+
+    def attend(self, q: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, window: int | None) -> Tensor:
+        count, d = len(q), heads.head_dim
+        block = 64 if q.element_size() == 2 else 32
+        splits = self._splits(count * heads.kv_heads, table, block)
+        out = q.new_empty(count, heads.heads * d)
+        part = q.new_empty((count, heads.heads, splits, d), dtype=torch.float32) if splits > 1 else out
+        mass = q.new_empty((count, heads.heads, splits), dtype=torch.float32) if splits > 1 else out
+        repeat = heads.heads // heads.kv_heads
+        kernels().attend[(count, heads.kv_heads, splits)](
+            q, part, mass, table.info, rows, table.where, layer, d**-0.5, 2**30 if window is None else window,
+            KV=heads.kv_heads, REPEAT=repeat, PADDED=max(_power(repeat), 16), D=d, BLOCK=block, SPLITS=splits,
+            num_warps=4, num_stages=self.stages(2 * block * d * q.element_size(), 3 if q.element_size() == 2 else 2),
+        )  # fmt: skip
+        if splits > 1:
+            kernels().combine[(count, heads.heads)](part, mass, out, D=d, SPLITS=splits, PADDED=_power(splits))
+        return out
+
+    def _splits(self, programs: int, table: Table, block: int) -> int:
+        """Parts of each row's tokens, by the longest that it can get."""
+        longest = table.tokens.shape[1] // block + 2
+        return max(min(self._programs // max(programs, 1), longest, 16), 1)
+
+    def linear(self, x: Tensor, product: Product) -> Tensor:
+        return self._product(x, product) if self.one_kernel(x, product) else product(x)
+
+    def gated(self, x: Tensor, product: Product) -> Tensor:
+        return self._product(x, product, gated=True) if self.one_kernel(x, product) else self.swiglu(product(x))
+
+    def one_kernel(self, x: Tensor, product: Product) -> bool:
+        """Whether base product, A and B are better one kernel than three: beside a large weight or for a long sum,
+        cuBLAS is faster."""
+        if product.weight is None or not 0 < len(product.down) <= _MOST_RANKS:
+            return False
+        (outs, inputs), most = product.weight.shape, _LARGEST[len(x) > _FEW_ROWS]
+        return len(x) <= _MOST_ROWS and outs * inputs <= most.weights and inputs <= most.inputs
+
+    def _product(self, x: Tensor, product: Product, *, gated: bool = False) -> Tensor:
+        weight, down, bias = product.weight, product.down, product.bias
+        assert weight is not None
+        (outs, inputs), rows = weight.shape, len(x)
+        outs = outs // 2 if gated else outs
+        out = x.new_empty(rows, outs)
+        block_m = min(max(_power(rows), 16), 64)
+        block_n, block_k, ahead = _blocks(rows, outs, x.element_size())
+        ranks = max(_power(len(down)), 16)
+        size = (block_m + block_n * (1 + gated) + ranks) * block_k * x.element_size()
+        kernels().product[(-(-outs // block_n), -(-rows // block_m))](
+            x, weight, bias if bias is not None else weight, down, product.up, out, rows, outs, inputs, len(down),
+            x.stride(0), BIAS=bias is not None, RANK=ranks, GATED=gated,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4, num_stages=self.stages(size, ahead),
+        )  # fmt: skip
+        return out
+
+    def norm_back(
+        self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor, *, again: bool = False
+    ) -> Tensor:
+        out = torch.empty_like(x)
+        count, width = x.shape
+        block = _power(width)
+        kernels().norm_back[(count,)](
+            grad, x, weight, add, out, grad.stride(0), x.stride(0), add.stride(0), width, eps, AGAIN=again, BLOCK=block,
+            num_warps=8 if block > 1024 else 4,
+        )  # fmt: skip
+        return out
+
+    def rotate(self, qkv: Tensor, positions: Tensor, heads: Heads) -> Tensor:
+        return self._turned(qkv, torch.empty_like(qkv), positions, heads, 1)
+
+    def rotate_back(self, grad: Tensor, positions: Tensor, heads: Heads) -> Tensor:
+        return self._turned(grad, grad, positions, heads, -1)
+
+    def _turned(self, qkv: Tensor, out: Tensor, positions: Tensor, heads: Heads, sign: float) -> Tensor:
+        turned = heads.heads + heads.kv_heads
+        count = turned if out is qkv else turned + heads.kv_heads
+        kernels().rotate[(len(qkv),)](
+            qkv, out, positions, heads.inv_freq, qkv.stride(0), out.stride(0), heads.scaling, sign,
+            TURNED=turned, HEADS=count, PADDED=_power(count), D=heads.head_dim, num_warps=4,
+        )  # fmt: skip
+        return out
+
+    def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> None:
+        count, width = grad.shape
+        kernels().swiglu_back[(count, -(-width // 1024))](
+            grad, gate_up, grad.stride(0), gate_up.stride(0), width, BLOCK=1024, num_warps=4
+        )
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        count, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(count, width)
+        kernels().swiglu[(count, -(-width // 1024))](gate_up, out, gate_up.stride(0), width, BLOCK=1024, num_warps=4)
+        return out
+
+    def pick(self, logits: Tensor, rows: Tensor, table: Table, sampling: Sampling) -> tuple[Tensor, Tensor]:
+        if sampling.temperature == 0 or sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+            return Plain().pick(logits, rows, table, sampling)
+        count, vocab_size = logits.shape
+        blocks = -(-vocab_size // _DRAW_BLOCK)
+        top, mass = logits.new_empty((2, count, blocks), dtype=torch.float32)
+        token = torch.empty(count, dtype=torch.int64, device=logits.device)
+        logprob = torch.empty(count, dtype=torch.float32, device=logits.device)
+        sizes = (logits.stride(0), vocab_size, blocks, 1 / sampling.temperature)
+        kernels().draw_stats[(count, blocks)](logits, top, mass, *sizes, BLOCK=_DRAW_BLOCK, num_warps=4)
+        kernels().draw_pick[(count,)](
+            logits, top, mass, token, logprob, table.uniform, table.info, rows, *sizes, table.uniform.stride(0),
+            BLOCK=_DRAW_BLOCK, BLOCKS=_power(blocks), num_warps=8,
+        )  # fmt: skip
+        return token, logprob
+
+    def keep(self, x: Tensor, rows: Tensor, table: Table) -> None:
+        width = x.shape[1]
+        kernels().keep[(len(rows),)](x, rows, table.info, table.where, width, BLOCK=_power(width), num_warps=4)
+
+    def advance(self, token: Tensor, logprob: Tensor, rows: Tensor, table: Table) -> None:
+        kernels().advance[(len(rows),)](
+            token,
+            logprob,
+            rows,
+            table.info,
+            table.tokens,
+            table.logprobs,
+            table.ends,
+            table.tokens.stride(0),
+            num_warps=1,
+        )
+
+
+def _blocks(rows: int, outs: int, itemsize: int) -> tuple[int, int, int]:
+    """Columns and terms that a program of `product` takes at once, and how many such steps it loads ahead: small ones
+    where there would be too few programs, as measured on an H100."""
+    if itemsize == 4:
+        return 32, 32, 2
+    if rows > _FEW_ROWS:
+        return 32, 128, 3
+    return (16, 128, 4) if outs <= 16 * 160 else (64, 64, 4)
+
+
+def _power(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+@cache
+def kernels() -> Any:
+    """The compiled kernels' module, imported at their first use: it needs Triton."""
+    from shoestring.kernels import decode
+
+    return decode
