@@ -26,6 +26,13 @@ ABLATIONS = {
     "layers": "layers with LoRA",
     "replay": "T-SPMO: prefixes replayed",
 }
+TUNED = (
+    "svamp-smollm2",
+    "multiply-embedded-hard",
+    "multiply-embedded-harder",
+    "multiply-2x2-smollm2",
+    "multiply-3x3-smollm2",
+)
 
 
 def ablations() -> None:
@@ -110,10 +117,7 @@ def save(figure: Any, name: str) -> None:
 DRAWN: dict[str, Callable[[], None]] = {
     "ablations": ablations,
     "growth": growth,
-    **{
-        f"{name}-lr": partial(rates, name)
-        for name in ("svamp-smollm2", "multiply-embedded-hard", "multiply-2x2-smollm2", "multiply-3x3-smollm2")
-    },
+    **{f"{name}-lr": partial(rates, name) for name in TUNED},
 }
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -360,7 +361,8 @@ TABLES = {
     "ablations": ablations,
     "multiply-embedded-breadth": breadth,
     "multiply-embedded": multiply_embedded,
-    "multiply-embedded-hard": lambda: tuned("multiply-embedded-hard"),
+    **{f"multiply-{name}": partial(tuned, f"multiply-{name}") for name in ("embedded-hard", "embedded-harder")},
+    **{f"multiply-{name}": partial(tuned, f"multiply-{name}") for name in ("2x2-smollm2", "3x3-smollm2")},
 }
 
 

@@ -84,6 +84,9 @@ def main(name: str) -> None:
     }
     kept = {key: before[key] for key in base if key in before}
     collect(name, name, "sweep.json", "test", **base | kept if not any(base.values()) else base)
+    longer = RUNS / f"{name}-longer" / "sweep.json"
+    if longer.is_file():
+        write(f"{name}-longer", read(longer), [row(figures) for figures in read(longer)["rows"]])
 
 
 if __name__ == "__main__":

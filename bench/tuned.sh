@@ -5,7 +5,7 @@
 # NAME: svamp-smollm2, multiply-2x2-smollm2, multiply-3x3-smollm2 (a GPU), multiply-embedded-hard and
 # multiply-embedded-harder (a CPU).
 # Stages in order: sft rates results seeds passes elsewhere results; default: all. The three methods run beside each other,
-# so a run's seconds are not those it takes alone.
+# so a run's seconds are not those it takes alone. Stage longer: GRPO with fifteen times the completions, one seed.
 set -euo pipefail
 shoestring=(python3 -m shoestring)
 name=$1
@@ -70,6 +70,12 @@ seeds_of() {
   missing=$(python3 bench/tuned.py "$name" seeds "$1")
   rate=$(python3 bench/tuned.py "$name" best "$1")
   [ -z "$missing" ] || swept "$1" --over "optim.lr=$rate" --seeds "$missing" --split test
+}
+
+# More of the same, in larger groups.
+longer() {
+  swept grpo "optim.lr=$(python3 bench/tuned.py "$name" best grpo)" steps=300 eval_every=50 sampling.num_completions=32 \
+    --seeds 0 --split test --out "runs/$name-longer"
 }
 
 # pass@k at temperature 1 of the warm start and of every final run.
