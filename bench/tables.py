@@ -15,12 +15,13 @@ from typing import Any
 from shoestring.evaluation import t_interval
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 PAGES = (ROOT / "README.md", *((ROOT / "docs" / f"{name}.md") for name in ("results", "memory", "speed")))
 _BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def result(name: str) -> dict[str, Any]:
-    return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
@@ -74,18 +75,22 @@ def tuned(name: str) -> str:
     abroad = [_elsewhere([found["base_elsewhere"]], other) for other in others]
     at_first = _passes([found["base_at_temperature_1"]])
     rows = [["before", *[""] * len(rates), "", before, "", "", at_first, *abroad, *[""] * 4]]
-    for method in dict.fromkeys(r["method"] for r in found["rows"]):
-        runs = [r for r in found["rows"] if r["method"] == method]
+    kinds = {f"`{r['method']}`": r["method"] for r in found["rows"]}
+    runs_of = {label: [r for r in found["rows"] if r["method"] == method] for label, method in kinds.items()}
+    if (RESULTS / f"{name}-longer.json").is_file():
+        runs_of |= {f"`{r['method']}`, {_size(r)}": [r] for r in result(f"{name}-longer")["rows"]}
+    for label, runs in runs_of.items():
         chosen, accuracy, each, *cost = _over_seeds(runs)
         gains = "; ".join(
             f"{100 * r['gain']:+.1f} ({100 * r['gain_low']:+.1f} to {100 * r['gain_high']:+.1f})" for r in runs
         )
-        tried = [f"{held_back[method, rate]:.1%}" if (method, rate) in held_back else "" for rate in rates]
-        passes = _passes([r["at_temperature_1"] for r in runs])
+        of_rates = [held_back.get((kinds[label], rate)) if label in kinds else None for rate in rates]
+        tried = ["" if share is None else f"{share:.1%}" for share in of_rates]
+        passes = _passes([r.get("at_temperature_1") for r in runs])
         peak = max(r["peak_allocated_gib"] for r in runs)
         memory = f"{peak:.2f}" if peak else ""
-        abroad = [_elsewhere([r["elsewhere"] for r in runs], other) for other in others]
-        rows.append([f"`{method}`", *tried, chosen, accuracy, each, gains, passes, *abroad, *cost[:2], memory, cost[2]])
+        abroad = [_elsewhere([r.get("elsewhere", {}) for r in runs], other) for other in others]
+        rows.append([label, *tried, chosen, accuracy, each, gains, passes, *abroad, *cost[:2], memory, cost[2]])
     headings = ["method", *[f"held back, {rate:g}" for rate in rates], "rate chosen", "test (95 %)", "each seed"]
     tries = ", ".join(found["base_at_temperature_1"].get("pass_at_k", {}))
     headings += ["paired gain, points", f"pass@{tries}", *others]
@@ -122,6 +127,10 @@ def _passes(found: list[dict[str, Any]]) -> str:
     """pass@k, means over the runs in which it was measured."""
     measured = [f["pass_at_k"] for f in found if f]
     return ", ".join(f"{statistics.mean(m[k] for m in measured):.1%}" for k in measured[0]) if measured else "not yet"
+
+
+def _size(row: dict[str, Any]) -> str:
+    return f"{row['steps']} steps of {row['prompts']} x {row['completions']}"
 
 
 def _elsewhere(found: list[dict[str, Any]], name: str) -> str:
@@ -331,7 +340,7 @@ def multiply_embedded() -> str:
         tried = [f"{held_back[name, rate]:.1%}" for rate in rates]
         rows.append([f"`{name}`", *tried, *_over_seeds(runs)])
     for r in result("multiply-embedded-long")["rows"]:
-        label = f"`{r['method']}`, {r['steps']} steps of {r['prompts']} x {r['completions']}"
+        label = f"`{r['method']}`, {_size(r)}"
         rows.append([label, *[""] * len(rates), *_over_seeds([r])])
     least, most = min(r["low"] for r in found["rows"]), max(r["high"] for r in found["rows"])
     headings = ["method", *[f"held back, {rate:g}" for rate in rates], "rate chosen", "test (95 %)", "each seed"]

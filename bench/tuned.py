@@ -84,9 +84,11 @@ def main(name: str) -> None:
     }
     kept = {key: before[key] for key in base if key in before}
     collect(name, name, "sweep.json", "test", **base | kept if not any(base.values()) else base)
-    longer = RUNS / f"{name}-longer" / "sweep.json"
-    if longer.is_file():
-        write(f"{name}-longer", read(longer), [row(figures) for figures in read(longer)["rows"]])
+    longer = RUNS / f"{name}-longer"
+    if (longer / "sweep.json").is_file():
+        sweep = read(longer / "sweep.json")
+        more = {"at_temperature_1": passes(longer / "seed-0" / "passes.json")}
+        write(f"{name}-longer", sweep, [row(figures) | more for figures in sweep["rows"]])
 
 
 if __name__ == "__main__":

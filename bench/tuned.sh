@@ -76,6 +76,7 @@ seeds_of() {
 longer() {
   swept grpo "optim.lr=$(python3 bench/tuned.py "$name" best grpo)" steps=300 eval_every=50 sampling.num_completions=32 \
     --seeds 0 --split test --out "runs/$name-longer"
+  pass "runs/$name-longer/seed-0" "runs/$name-longer/seed-0/"
 }
 
 # pass@k at temperature 1 of the warm start and of every final run.
