@@ -104,7 +104,7 @@ def tuned(name: str) -> str:
         f"\nGreedy accuracy on {base['problems']} problems after {base['steps']} steps of {base['prompts']} prompts x "
         f"{base['completions']} completions{checkpoint}; the rate was chosen by {tuning['rows'][0]['problems']} "
         "held-back problems, seed 0. Intervals: Student's t over three seeds, else Wilson's over problems; of a gain a "
-        "bootstrap over problems. pass@k at temperature 1. Three runs shared the machine, and the seconds. "
+        "bootstrap over problems. pass@k at temperature 1. Several runs shared the machine, and the seconds. "
         f"{where(found)}.\n"
     )
     return table(headings, rows) + note
@@ -117,10 +117,43 @@ def svamp_short() -> str:
         runs = [r for r in found["rows"] if r["method"] == name]
         _, accuracy, each, *cost = _over_seeds(runs)
         peak = max(r["peak_allocated_gib"] for r in runs)
-        before = spread([r["base_accuracy"] for r in runs], ".1%")
+        before = ", ".join(dict.fromkeys(f"{r['base_accuracy']:.1%}" for r in runs))
         rows.append([f"`{name}`", before, accuracy, each, cost[1], f"{peak:.2f}"])
     headings = ["algorithm", "after sft", "after RL (95 %)", "each seed", "tokens trained", "peak GiB"]
     return table(headings, rows) + f"\n{where(found)}.\n"
+
+
+def rates(name: str) -> str:
+    """The rates of bench/tuned.sh alone."""
+    found = result(f"{name}-lr")
+    rows = []
+    for method in dict.fromkeys(r["method"] for r in found["rows"]):
+        runs = [r for r in found["rows"] if r["method"] == method]
+        each = [f"{r['accuracy']:.1%} ({r['low']:.1%} to {r['high']:.1%})" for r in runs]
+        curves = [" ".join(f"{100 * value:.0f}" for value in r["curve"].values()) for r in runs]
+        rows.append([f"`{method}`", *each, "; ".join(curves)])
+    columns = [f"{rate:g}" for rate in sorted({r["lr"] for r in found["rows"]})]
+    note = (
+        f"\nGreedy accuracy on {found['rows'][0]['problems']} held-back problems (Wilson), from "
+        f"{found['rows'][0]['base_accuracy']:.1%}; the curves, in per cent, on {found['rows'][0]['curve_problems']} of "
+        f"them. {where(found)}.\n"
+    )
+    return table(["method", *columns, "each rate's curve"], rows) + note
+
+
+def svamp_warmer() -> str:
+    """T-SPMO at temperature 1."""
+    found = result("svamp-smollm2-t-spmo")
+    rows = []
+    for rate, split in dict.fromkeys((r["lr"], r["split"]) for r in found["rows"]):
+        runs = [r for r in found["rows"] if (r["lr"], r["split"]) == (rate, split)]
+        _, accuracy, each, *cost = _over_seeds(runs)
+        passes = _passes([r.get("at_temperature_1") for r in runs])
+        judged = "test" if split == "test" else "held back"
+        before = ", ".join(dict.fromkeys(f"{r['base_accuracy']:.1%}" for r in runs))
+        rows.append([f"{rate:g}", judged, before, accuracy, each, passes, *cost[:2]])
+    headings = ["rate", "judged by", "before", "after (95 %)", "each seed", "pass@1, 4, 16", "tokens sampled"]
+    return table([*headings, "tokens trained"], rows) + f"\n{where(found)}.\n"
 
 
 def _passes(found: list[dict[str, Any]]) -> str:
@@ -238,6 +271,14 @@ def growth() -> str:
     )
     headings = ["model", "completions of a prompt", "new tokens", "sampling s / roofline", "training s / roofline"]
     return table([*headings, "times roofline", "allocated GiB", "micro-batch tokens"], rows) + note
+
+
+def first() -> str:
+    found = result("first")
+    keys = ("model_there_s", "then_to_first_step_s", "first_step_s")
+    rows = [[r["setting"], *(f"{r[key]:.1f}" for key in keys)] for r in found["rows"]]
+    headings = ["", "until the model is there, s", "then to the end of the first step, s", "that step alone, s"]
+    return table(headings, rows) + f"\nOne run each. {where(found)}.\n"
 
 
 def trunk() -> str:
@@ -359,17 +400,20 @@ TABLES = {
     "svamp-smollm2": lambda: tuned("svamp-smollm2"),
     "svamp-short": svamp_short,
     "svamp-levers": svamp_levers,
+    "svamp-t-spmo": svamp_warmer,
     "memory-grid": memory_grid,
     "on-paper": on_paper,
     "w1": w1,
     "w2": lambda: w1("w2"),
     "growth": growth,
+    "first": first,
     "trunk": trunk,
     "decode": decode,
     "w3": w3,
     "ablations": ablations,
     "multiply-embedded-breadth": breadth,
     "multiply-embedded": multiply_embedded,
+    "multiply-2x2-rates": lambda: rates("multiply-2x2-smollm2"),
     **{f"multiply-{name}": partial(tuned, f"multiply-{name}") for name in ("embedded-hard", "embedded-harder")},
     **{f"multiply-{name}": partial(tuned, f"multiply-{name}") for name in ("2x2-smollm2", "3x3-smollm2")},
 }

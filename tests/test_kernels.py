@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from shoestring.batch import training_rows
+from shoestring.pieces import micro_batches
 from shoestring.samplers import Sampling
 from shoestring.samplers.fused import Fused
 from shoestring.samplers.graph import GraphEngine
 from shoestring.samplers.hf import HfEngine
 from shoestring.samplers.operations import Heads, Keys, Table
 from shoestring.samplers.plain import Plain
+from shoestring.types import Paths
+from test_packing import some_step
 from tiny import prompt, random_policy
 
 if importlib.util.find_spec("triton") is None:
@@ -88,6 +92,46 @@ def test_rotation_there_and_back(dtype: torch.dtype) -> None:
     assert torch.equal(back[:, turned:], grad[:, turned:])
     if dtype == torch.float32:  # <R x, g> = <x, R^T g>
         torch.testing.assert_close((found * grad).sum(), (given * back).sum(), rtol=1e-4, atol=1e-4)
+
+
+def rows_of_a_tree() -> Paths:
+    (tree,) = micro_batches(training_rows(*some_step()), 10**6, trees=True)
+    assert tree.paths is not None
+    return tree.paths.to(torch.device(DEVICE))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("count", "kv"), [(7, 1), (2, 2), (3, 3)])
+def test_rows_are_spread_and_their_gradients_added_up(dtype: torch.dtype, count: int, kv: int) -> None:
+    heads, paths = heads_of(count, kv, 16), rows_of_a_tree()
+    nodes = len(paths.place)
+    given = normal(nodes, (count + 2 * kv) * 16 + 8, dtype=dtype)[:, : (count + 2 * kv) * 16]
+    found = Fused().spread(given, paths, heads)
+    for mine, wanted in zip(found, Plain().spread(given, paths, heads), strict=True):
+        close(mine, wanted)
+    assert len(found[1]) > nodes
+    grads = [normal(*part.shape, seed=4 + i, dtype=dtype) for i, part in enumerate(found)]
+    back = Fused().spread_back(*grads, paths, heads)
+    close(back, Plain().spread_back(*grads, paths, heads))
+    if dtype == torch.float32:  # <S x, g> = <x, S^T g>
+        there = sum((part * grad).sum() for part, grad in zip(found, grads, strict=True))
+        torch.testing.assert_close(there, (given * back).sum(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="torch has FlashAttention on a GPU only")
+@pytest.mark.parametrize(("count", "kv", "size"), [(7, 1, 64), (4, 4, 16), (6, 2, 128)])
+@pytest.mark.parametrize("window", [None, 5])
+def test_flash_attention_over_rows(count: int, kv: int, size: int, window: int | None) -> None:
+    heads, paths, dtype = heads_of(count, kv, size), rows_of_a_tree(), torch.bfloat16
+    given = Plain().spread(normal(len(paths.place), (count + 2 * kv) * size, dtype=dtype), paths, heads)
+    found, mass = Fused().attend_rows(*given, paths, window)
+    wanted, sums = Plain().attend_rows(*given, paths, window)
+    close(found, wanted)
+    torch.testing.assert_close(mass, sums, rtol=1e-2, atol=1e-2)
+    grad = normal(*found.shape, seed=6, dtype=dtype)
+    back = Fused().attend_rows_back(grad, *given, found, mass, paths, window)
+    for mine, own in zip(back, Plain().attend_rows_back(grad, *given, found, mass, paths, window), strict=True):
+        assert (mine.float() - own.float()).norm() <= 2e-2 * own.float().norm()
 
 
 @pytest.mark.parametrize("dtype", TYPES)

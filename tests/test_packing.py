@@ -110,6 +110,44 @@ def test_attention_in_blocks_is_that_over_paths(step: Step, trees: bool, monkeyp
 
 
 @pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("step", [STAR, TRIE, some_step()], ids=["star", "trie", "random"])
+@pytest.mark.parametrize("on", [False, True])
+def test_attention_over_unpadded_rows_is_that_over_paths(family: str, step: Step, on: bool) -> None:
+    """The way of a GPU, by its plain reference."""
+    policy = random_policy(family)
+    (tree,) = micro_batches(training_rows(*step), 10**6, trees=True)
+    logprobs, wanted = policy.logprobs(tree, 0.9), gradients(policy, [tree], on=on)
+    assert not policy.decoder.flash
+    policy.decoder.flash = True
+    torch.testing.assert_close(policy.logprobs(tree, 0.9), logprobs, atol=1e-5, rtol=0)
+    close(gradients(policy, [tree], on=on), wanted, 1e-5)
+
+
+def test_unpadded_rows_of_the_worked_example() -> None:
+    """Behind a prompt of 5: 7 8 9 10, 7 8 9 13 14, 7 8 11 and 12 8 9, in this order and without their last tokens."""
+    batch = pack_rows(next(cut_tree(training_rows(*TRIE), 10**6)))
+    assert batch.paths is not None
+    rows = batch.paths.unpadded
+    assert rows is not None
+    assert rows.own.tolist() == [0, 9, 11, 12, 15]
+    assert rows.starts.tolist() == [0, 9, 19, 27, 35]
+    assert rows.copies.tolist() == [4, 4, 4, 4, 4, 3, 3, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert rows.owner.tolist() == [0] * 9 + [1] * 2 + [2] + [3] * 3
+    assert rows.nodes[9:19].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9, 10]
+
+
+def test_a_row_like_the_one_before_it_is_no_row_of_its_own() -> None:
+    same = step_of([[(7, 8, 0), (7, 8, 0), (7, 9, 0)]], [plain(3, (1, 2, 3))])
+    batch = pack_rows(next(cut_tree(training_rows(*same), 10**6)))
+    assert batch.paths is not None
+    rows = batch.paths.unpadded
+    assert rows is not None
+    assert len(batch.paths.nodes) == 3
+    assert rows.own.tolist() == [0, 5, 6]
+    assert rows.copies.tolist() == [2, 2, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("modules", [["q_proj"], ["o_proj", "v_proj"], ["gate_proj", "down_proj"], "all-linear"])
 @pytest.mark.parametrize("adapted", ["all", 1, (1,)])
 def test_our_own_layers_are_those_of_transformers(family: str, modules: Any, adapted: Any) -> None:

@@ -400,7 +400,7 @@ def test_what_our_own_layers_keep(adapter: dict[str, Any], dtype: str, on: bool)
     products = policy.decoder.products  # joins the weights, which lie elsewhere then
     own = {p.untyped_storage().data_ptr() for p in policy.base.parameters()}
     own |= {part.untyped_storage().data_ptr() for p in products for part in (p.down, p.up)}
-    own |= {part.untyped_storage().data_ptr() for part in batch.paths or ()}
+    own |= {part.untyped_storage().data_ptr() for part in batch.paths or () if isinstance(part, torch.Tensor)}
     found: dict[int, torch.Tensor] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:

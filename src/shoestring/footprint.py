@@ -130,8 +130,8 @@ def workspace(work: Work) -> int:
 
 
 def pages(work: Work) -> int:
-    """What the allocator reserves beside what it gives out."""
-    return _PAGE + _SMALL_PAGE if work.gpu else 0
+    """What the allocator reserves beside what it gives out; where steps are captured, these fill up to whole pages."""
+    return _SMALL_PAGE + (0 if work.graph else _PAGE) if work.gpu else 0
 
 
 def static(work: Work) -> int:
@@ -345,11 +345,13 @@ def activations(work: Work, batch: MicroBatch, checkpointing: bool) -> int:
 
 def kept_own(work: Work) -> int:
     """Bytes that one of our own layers keeps of each token beside its input: q, k, v, the attention's output, the
-    residual stream behind it, gate and up, and what the A matrices in front of these give."""
+    residual stream behind it, gate and up, what the A matrices in front of these give, and of attention over rows
+    without padding its sums."""
     shape = work.shape
     width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     inner = work.trained.rank * len(work.trained.modules - {"down_proj"})
-    return work.itemsize * (2 * width + 2 * kv_width + shape.hidden + 2 * shape.intermediate + inner)
+    sums = 4 * shape.heads * _has_flash(work)
+    return work.itemsize * (2 * width + 2 * kv_width + shape.hidden + 2 * shape.intermediate + inner) + sums
 
 
 def forward_own(work: Work) -> int:
@@ -381,17 +383,35 @@ def on_the_way_back(work: Work, batch: MicroBatch, checkpointing: bool) -> int:
 
 
 def back_own(work: Work, batch: MicroBatch, checkpointing: bool) -> int:
-    """Beside what is kept of one of our own layers: on the way back through the MLP, where gate and up are overwritten;
-    through attention, which runs over whole paths; or in 4 bits on the way there, where gate and up are joined."""
+    """Beside what is kept of one of our own layers: on the way back through the MLP, where gate and up are overwritten,
+    or through attention."""
     shape = work.shape
     width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    mlp = shape.intermediate * (1 + ("down_proj" in work.trained.modules)) + shape.hidden
-    beside = 2 * shape.hidden + width + 2 * kv_width
+    mlp = work.itemsize * (shape.intermediate + shape.hidden) * batch.nodes
+    beside = 2 * shape.hidden
     if checkpointing:  # what was computed again is let go after use; autograd lets go of nothing before the end
         beside -= 2 * shape.intermediate
-    path = 4 * (width + 2 * kv_width) + 2 * width
-    joined = 2 * shape.intermediate * work.nf4
-    return work.itemsize * max(mlp * batch.nodes, beside * batch.nodes + path * batch.places, joined * batch.nodes)
+    attention = work.itemsize * beside * batch.nodes
+    if _has_flash(work):
+        attention += _flash(work, batch)
+    else:
+        path = 4 * (width + 2 * kv_width) + 2 * width
+        attention += work.itemsize * ((width + 2 * kv_width) * batch.nodes + path * batch.places)
+    return max(mlp, attention)
+
+
+def _has_flash(work: Work) -> bool:
+    return work.gpu and work.itemsize == 2
+
+
+def _flash(work: Work, batch: MicroBatch) -> int:
+    """The way back through attention over rows without padding: q, its gradient twice (once in fp32, each row with 128
+    tokens more) and that of what was found; keys, values and their gradients, these for each query head first."""
+    shape, e = work.shape, work.itemsize
+    width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    node = (3 * e + 4) * width + 4 * shape.heads
+    place = 4 * e * kv_width + 2 * e * width * (shape.heads != shape.kv_heads)
+    return node * batch.nodes + place * batch.places + 4 * 128 * width * -(-batch.places // work.row_tokens)
 
 
 def head(work: Work, scored: int) -> int:

@@ -70,6 +70,8 @@ class Pass(NamedTuple):
     """With the adapter, or as the reference."""
     blocks: Blocks | None = None
     """Attends in these, where no layer has a window."""
+    flash: bool = False
+    """Attends over rows without padding, by `Operations.attend_rows`."""
     recompute: bool = False
     """Keep the input of each layer only."""
     cache: Cache | None = None
@@ -85,21 +87,50 @@ class Pass(NamedTuple):
         """What the vocabulary matrix is given, [N, H]."""
         return _Norm.apply(x, self.decoder.last_norm, self.decoder)  # type: ignore[return-value]
 
-    def attention(self, qkv: Tensor, layer: Layer) -> Tensor:
-        """[T, heads D] from [T, (heads + 2 kv) D], over the paths; torch's autograd knows the way back."""
+    def attention(self, qkv: Tensor, layer: Layer) -> tuple[Tensor, Tensor | None]:
+        """[T, heads D] from [T, (heads + 2 kv) D], and what its way back needs of rows without padding, [heads, T]."""
+        normed = self._normed(qkv, layer)
+        if not self.flash:
+            return self._over_paths(normed, layer), None
+        do = self.decoder.operations
+        found, mass = do.attend_rows(*do.spread(normed, self.paths, self.decoder.heads), self.paths, layer.window)
+        return found.flatten(1), mass
+
+    def attention_back(self, grad: Tensor, qkv: Tensor, found: Tensor, mass: Tensor | None, layer: Layer) -> Tensor:
+        """The gradient of `qkv`, from that of what `attention` has `found`."""
+        with torch.enable_grad():
+            leaf = qkv.detach().requires_grad_()
+            normed = self._normed(leaf, layer)
+            again = self._over_paths(normed, layer) if mass is None else normed
+        if mass is not None:
+            do, heads = self.decoder.operations, self.decoder.heads
+            given = do.spread(normed.detach(), self.paths, heads)
+            grad, found = grad.view(given[0].shape), found.view(given[0].shape)
+            parts = do.attend_rows_back(grad, *given, found, mass, self.paths, layer.window)
+            grad = do.spread_back(*parts, self.paths, heads)
+            if normed is leaf:
+                return grad
+        return torch.autograd.grad(again, leaf, grad)[0]
+
+    def _normed(self, qkv: Tensor, layer: Layer) -> Tensor:
+        """With the norms of queries and keys that some families have."""
+        if layer.head_norms is None:
+            return qkv
         heads = self.decoder.heads
-        counts = [heads.heads, heads.kv_heads, heads.kv_heads]
-        if layer.head_norms is not None:
-            q, k, v = qkv.unflatten(-1, (-1, heads.head_dim)).split(counts, 1)
-            normed = (
-                F.rms_norm(part, part.shape[-1:], gain, heads.eps)
-                for part, gain in zip((q, k), layer.head_norms, strict=True)
-            )
-            qkv = torch.cat([*normed, v], 1).flatten(1)
+        q, k, v = qkv.unflatten(-1, (-1, heads.head_dim)).split(heads.counts, 1)
+        normed = (
+            F.rms_norm(part, part.shape[-1:], gain, heads.eps)
+            for part, gain in zip((q, k), layer.head_norms, strict=True)
+        )
+        return torch.cat([*normed, v], 1).flatten(1)
+
+    def _over_paths(self, qkv: Tensor, layer: Layer) -> Tensor:
+        """Attention over the padded paths; torch's autograd knows the way back."""
+        heads = self.decoder.heads
         turned = _Rotate.apply(qkv, self)
         nodes, place = (self.blocks or self.paths)[:2]
         spread = turned.index_select(0, nodes.flatten()).view(*nodes.shape, -1, heads.head_dim)  # type: ignore[union-attr]
-        q, k, v = (part.transpose(1, 2) for part in spread.split(counts, 2))
+        q, k, v = (part.transpose(1, 2) for part in spread.split(heads.counts, 2))
         if self.cache is not None:
             self.cache.take(k, v)
         grouped = heads.heads != heads.kv_heads
@@ -135,6 +166,8 @@ class _Kept(NamedTuple):
     qkv: Tensor
     qkv_inner: Tensor | None
     attended: Tensor
+    mass: Tensor | None
+    """[heads, T], of `Operations.attend_rows`."""
     out_inner: Tensor | None
     middle: Tensor
     """The residual stream between attention and MLP."""
@@ -146,11 +179,11 @@ def _forward(x: Tensor, layer: Layer, how: Pass) -> _Kept:
     """A layer up to gate and up."""
     do, eps = how.decoder.operations, how.decoder.eps
     qkv, qkv_inner = layer.qkv.run(do.norm(x, layer.first_norm, eps), adapted=how.adapted)
-    attended = how.attention(qkv, layer)
+    attended, mass = how.attention(qkv, layer)
     out, out_inner = layer.out.run(attended, adapted=how.adapted)
     normed = do.add_norm(out, x, layer.second_norm, eps)
     gate_up, gate_up_inner = layer.gate_up.run(normed, adapted=how.adapted)
-    return _Kept(qkv, qkv_inner, attended, out_inner, out, gate_up, gate_up_inner)
+    return _Kept(qkv, qkv_inner, attended, mass, out_inner, out, gate_up, gate_up_inner)
 
 
 class _Step(torch.autograd.Function):
@@ -202,14 +235,12 @@ def _back_through_attention(
     """The gradient of a layer's input, if it goes `through`."""
     do, eps = how.decoder.operations, how.decoder.eps
     pulled, of_inner = layer.out.back(grad, adapted=how.adapted)
+    assert pulled is not None
     if of_inner is not None:
         assert kept.out_inner is not None
         layer.out.add_gradients(grad, of_inner, kept.attended, kept.out_inner)
-    with torch.enable_grad():
-        leaf = kept.qkv.detach().requires_grad_()
-        attended = how.attention(leaf, layer)
-    (of_qkv,) = torch.autograd.grad(attended, leaf, pulled)
-    del attended, leaf, pulled
+    of_qkv = how.attention_back(pulled, kept.qkv, kept.attended, kept.mass, layer)
+    del pulled
     normed, of_inner = layer.qkv.back(of_qkv, adapted=how.adapted, through=through)
     found = None
     if normed is not None:

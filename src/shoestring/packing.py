@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shoestring.batch import Row
-from shoestring.types import Batch, Paths
+from shoestring.types import Batch, Paths, Unpadded
 
 # Families whose attention transformers lets us take the place of, with keys and queries as they are.
 TREE_MODELS = ("qwen2", "qwen3", "llama", "mistral", "smollm3", "olmo2", "gemma", "phi3", "granite", "cohere")
@@ -85,7 +85,8 @@ def pack_rows(rows: Sequence[Row]) -> Batch:
         places.append(np.arange(index * longest + shared, index * longest + length))
         trunk += _trunk_of(row, shared)
     owner = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(row.col) for row in rows]))
-    place = torch.from_numpy(np.concatenate(places))
+    lengths = np.array([len(row.token_ids) for row in rows])
+    place = np.concatenate(places)
 
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(row, name) for row in rows])
@@ -95,9 +96,26 @@ def pack_rows(rows: Sequence[Row]) -> Batch:
         owner,
         *(joined(name) for name in ("col", "target", "advantage", "weight", "kl_weight", "sampler_logprob")),
         problem_ids=tuple(row.problem_id for row in rows),
-        paths=Paths(torch.from_numpy(paths), place, place % longest),
+        paths=_paths(paths, place, lengths),
         trunk=tuple(trunk) if all(row.trunk is not None for row in rows) else (),
     )
+
+
+def _paths(paths: np.ndarray, place: np.ndarray, lengths: np.ndarray) -> Paths:
+    """Of rows of these lengths, [R], from the nodes at their places, [R, L], and a place of each node, [T]."""
+    longest = paths.shape[1]
+    own = np.bincount(place // longest, minlength=len(paths))
+    kept = own > 0  # a row like the one before it owns nothing
+    within = np.arange(longest) < lengths[kept, None]
+    nodes = paths[kept][within]
+
+    def starts(sizes: np.ndarray) -> np.ndarray:
+        return np.concatenate([[0], sizes.cumsum()])
+
+    owner = np.repeat(np.arange(kept.sum()), own[kept])
+    parts = (nodes, starts(lengths[kept]), starts(own[kept]), owner, np.bincount(nodes))
+    unpadded = Unpadded(*(torch.from_numpy(part.astype(np.int32)) for part in parts))
+    return Paths(torch.from_numpy(paths), torch.from_numpy(place), torch.from_numpy(place % longest), unpadded)
 
 
 def _shared(before: Row, row: Row) -> int:

@@ -24,7 +24,7 @@ from shoestring.layers import Pass, blocks_of
 from shoestring.packing import TREE_MODELS, attention_over_paths
 from shoestring.samplers.decoder import Decoder, unsupported
 from shoestring.tasks.base import plain_text
-from shoestring.types import Batch, Paths
+from shoestring.types import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -159,7 +159,8 @@ class Policy:
         adapted = not self._as_reference
         if adapted and not self._taken_over:
             decoder.sync()
-        layers = Pass(decoder, batch.paths, adapted, blocks, recompute=self._recompute)
+        flash = decoder.flash and batch.paths.unpadded is not None
+        layers = Pass(decoder, batch.paths, adapted, blocks, flash, recompute=self._recompute)
         if batch.trunk:
             x = torch.cat(batch.trunk)
         else:
@@ -373,5 +374,5 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     moved = {
         name: value.to(device, non_blocking=True) for name, value in vars(batch).items() if isinstance(value, Tensor)
     }
-    paths = None if batch.paths is None else Paths(*(part.to(device, non_blocking=True) for part in batch.paths))
+    paths = batch.paths and batch.paths.to(device)
     return Batch(**moved, problem_ids=batch.problem_ids, paths=paths, trunk=batch.trunk)

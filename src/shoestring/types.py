@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:  # what scores completions in a process of its own need not wait for torch
+    import torch
     from torch import Tensor
 
 
@@ -114,6 +115,22 @@ class Credit:
     kl_weight: Tensor | None = None
 
 
+class Unpadded(NamedTuple):
+    """The K rows of `Paths` that own nodes, one behind the other, P places in all. A row owns those of its nodes that
+    no row before it has: they lie side by side in the tree, and are the last of the row."""
+
+    nodes: Tensor
+    """[P] int32: the node at each place."""
+    starts: Tensor
+    """[K + 1] int32: where each row starts among the places."""
+    own: Tensor
+    """[K + 1] int32: where what it owns starts among the nodes."""
+    owner: Tensor
+    """[T] int32: the row that owns each node."""
+    copies: Tensor
+    """[T] int32: how many rows have it: the owner and those behind it."""
+
+
 class Paths(NamedTuple):
     """How R rows of up to L tokens lie in a tree of T nodes."""
 
@@ -123,6 +140,14 @@ class Paths(NamedTuple):
     """[T]: a place of each node, counted through the rows."""
     positions: Tensor
     """[T]: each node's distance from the start."""
+    unpadded: Unpadded | None = None
+
+    def to(self, device: torch.device) -> Paths:
+        def moved(part: Tensor) -> Tensor:
+            return part.to(device, non_blocking=True)
+
+        unpadded = self.unpadded and Unpadded(*map(moved, self.unpadded))
+        return Paths(moved(self.nodes), moved(self.place), moved(self.positions), unpadded)
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,86 @@ def rotate(
 
 
 @triton.jit
+def spread(
+    qkv, q, both, positions, nodes, inv_freq, stride, count, scaling,
+    HEADS: tl.constexpr, KV: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """The rotated queries of `count` nodes, [T, HEADS, D]; then at each place the key, rotated, and the value of its
+    node, [P, 2 KV, D]."""
+    at = tl.program_id(0).to(tl.int64)
+    asks = at < count
+    place = tl.maximum(at - count, 0)
+    node = tl.where(asks, at, tl.load(nodes + place).to(tl.int64))
+    half: tl.constexpr = D // 2
+    cols = tl.arange(0, half)
+    head = tl.arange(0, PADDED)[:, None]
+    real = head < tl.where(asks, HEADS, 2 * KV)
+    turned = head < tl.where(asks, HEADS, KV)
+    dtype: tl.constexpr = q.dtype.element_ty
+    angle = tl.load(positions + node).to(tl.float32) * tl.load(inv_freq + cols)
+    cos = (tl.cos(angle) * scaling).to(dtype).to(tl.float32)[None, :]
+    sin = (tl.sin(angle) * scaling).to(dtype).to(tl.float32)[None, :]
+    spot = head * D + cols[None, :]
+    source = qkv + node * stride + tl.where(asks, 0, HEADS * D) + spot
+    low = tl.load(source, real, 0.0).to(tl.float32)
+    high = tl.load(source + half, real, 0.0).to(tl.float32)
+    new_low = tl.where(turned, low * cos - high * sin, low).to(dtype)
+    new_high = tl.where(turned, high * cos + low * sin, high).to(dtype)
+    if asks:
+        tl.store(q + at * (HEADS * D) + spot, new_low, real)
+        tl.store(q + at * (HEADS * D) + spot + half, new_high, real)
+    else:
+        tl.store(both + place * (2 * KV * D) + spot, new_low, real)
+        tl.store(both + place * (2 * KV * D) + spot + half, new_high, real)
+
+
+@triton.jit
+def spread_back(
+    of_q, of_keys, of_values, out, positions, owner, copies, starts, inv_freq, scaling,
+    HEADS: tl.constexpr, KV: tl.constexpr, PADDED: tl.constexpr, KV_PADDED: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """A node's gradient: of its query, and the sums of those of its keys and values, turned back."""
+    node = tl.program_id(0).to(tl.int64)
+    half: tl.constexpr = D // 2
+    cols = tl.arange(0, half)
+    dtype: tl.constexpr = out.dtype.element_ty
+    position = tl.load(positions + node)
+    angle = position.to(tl.float32) * tl.load(inv_freq + cols)
+    cos = (tl.cos(angle) * scaling).to(dtype).to(tl.float32)[None, :]
+    sin = (tl.sin(angle) * scaling).to(dtype).to(tl.float32)[None, :]
+    target = out + node * ((HEADS + 2 * KV) * D)
+
+    head = tl.arange(0, PADDED)[:, None]
+    real = head < HEADS
+    spot = head * D + cols[None, :]
+    low = tl.load(of_q + node * (HEADS * D) + spot, real, 0.0).to(tl.float32)
+    high = tl.load(of_q + node * (HEADS * D) + spot + half, real, 0.0).to(tl.float32)
+    tl.store(target + spot, (low * cos + high * sin).to(dtype), real)
+    tl.store(target + spot + half, (high * cos - low * sin).to(dtype), real)
+
+    head = tl.arange(0, KV_PADDED)[:, None]
+    real = head < KV
+    spot = head * D + cols[None, :]
+    key_low = tl.zeros([KV_PADDED, half], tl.float32)
+    key_high = tl.zeros([KV_PADDED, half], tl.float32)
+    value_low = tl.zeros([KV_PADDED, half], tl.float32)
+    value_high = tl.zeros([KV_PADDED, half], tl.float32)
+    row = tl.load(owner + node)
+    for other in range(row, row + tl.load(copies + node)):
+        from_here = (tl.load(starts + other) + position).to(tl.int64) * (KV * D) + spot
+        key_low += tl.load(of_keys + from_here, real, 0.0).to(tl.float32)
+        key_high += tl.load(of_keys + from_here + half, real, 0.0).to(tl.float32)
+        value_low += tl.load(of_values + from_here, real, 0.0).to(tl.float32)
+        value_high += tl.load(of_values + from_here + half, real, 0.0).to(tl.float32)
+    target += HEADS * D
+    tl.store(target + spot, (key_low * cos + key_high * sin).to(dtype), real)
+    tl.store(target + spot + half, (key_high * cos - key_low * sin).to(dtype), real)
+    target += KV * D
+    tl.store(target + spot, value_low.to(dtype), real)
+    tl.store(target + spot + half, value_high.to(dtype), real)
+
+
+@triton.jit
 def place(
     qkv, q_out, info, rows, where, inv_freq, q_norm, k_norm, layer, stride, eps, scaling,
     HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,

@@ -7,7 +7,7 @@ as two thin products for each fused one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from shoestring.products import add_product
 from shoestring.samplers.base import Sampling
-from shoestring.samplers.fused import Fused
+from shoestring.samplers.fused import Fused, has_flash
 from shoestring.samplers.operations import Heads, Operations, Table
 from shoestring.samplers.plain import Plain, keep_entropy
 
@@ -156,19 +156,36 @@ class Product:
         return [(owner, name, owner[name], owner[name].data_ptr()) for owner, name in found]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.run(x)[0]
+        """The product for the few rows of a decode step: for these bitsandbytes has kernels."""
+        if self.weight is not None:
+            return self.run(x)[0]
+        several = [linear(x) for linear in self._linears]
+        found = torch.cat(several, -1) if len(several) > 1 else several[0]
+        return found.addmm_(self.inner(x), self.up.T) if self._tail else found
 
     def run(self, x: Tensor, *, adapted: bool = True) -> tuple[Tensor, Tensor | None]:
         """The product, and what A gave, [B, tail], if there is an adapter; without it on request."""
-        if self.weight is not None:
-            found = F.linear(x, self.weight, self.bias)
-        else:
-            several = [linear(x) for linear in self._linears]
-            found = torch.cat(several, -1) if len(several) > 1 else several[0]
+        found = self._unpacked(x) if self.weight is None else F.linear(x, self.weight, self.bias)
         if not (self._tail and adapted):
             return found, None
         inner = self.inner(x)
         return found.addmm_(inner, self.up.T), inner
+
+    def _unpacked(self, x: Tensor) -> Tensor:
+        """The product with 4-bit weights, each of which goes straight to its columns."""
+        found = x.new_empty(len(x), self.outs)
+        for columns, linear in self._by_linear(found):
+            weight = _dequantised(linear, x.dtype)
+            if linear.bias is None:
+                torch.mm(x, weight.T, out=columns)
+            else:
+                torch.addmm(linear.bias.to(x.dtype), x, weight.T, out=columns)
+            del weight  # one at a time
+        return found
+
+    def _by_linear(self, whole: Tensor) -> Iterable[tuple[Tensor, Any]]:
+        """The columns of [B, outs] that belong to each linear module."""
+        return zip(whole.split([linear.out_features for linear in self._linears], -1), self._linears, strict=True)
 
     def inner(self, x: Tensor) -> Tensor:
         """What A gives, [B, tail]."""
@@ -196,15 +213,20 @@ class Product:
         """[B, in], through the base weights."""
         if self.weight is not None:
             return grad @ self.weight
-        from bitsandbytes.functional import dequantize_4bit
-
         total: Tensor | None = None
-        for part, linear in zip(grad.split([x.out_features for x in self._linears], -1), self._linears, strict=True):
-            weight = dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(grad.dtype)
+        for part, linear in self._by_linear(grad):
+            weight = _dequantised(linear, grad.dtype)
             total = part @ weight if total is None else total.addmm_(part, weight)
             del weight  # one at a time
         assert total is not None
         return total
+
+
+def _dequantised(linear: Any, dtype: torch.dtype) -> Tensor:
+    """A 4-bit weight, [out, in]."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(dtype)
 
 
 def _add_gradient(parameters: Sequence[nn.Parameter], a: Tensor, b: Tensor, scaling: float = 1.0) -> None:
@@ -287,6 +309,7 @@ class Decoder:
         self.device = base.device
         self.dtype = base.dtype
         self.operations: Operations = Fused.on(self.device) if self.device.type == "cuda" else Plain()
+        self.flash = has_flash(self.device, self.dtype)
         attention = model.layers[0].self_attn
         rotary = model.rotary_emb
         self.heads = Heads(

@@ -11,6 +11,7 @@ from torch import Tensor
 from shoestring.samplers.base import Sampling
 from shoestring.samplers.operations import Heads, Product, Table
 from shoestring.samplers.plain import Plain
+from shoestring.types import Paths
 
 # Logits that one program of the draw looks at.
 _DRAW_BLOCK = 4096
@@ -165,6 +166,54 @@ class Fused:
         )  # fmt: skip
         return out
 
+    def spread(self, qkv: Tensor, paths: Paths, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+        rows = paths.unpadded
+        assert rows is not None
+        count, places = len(qkv), len(rows.nodes)
+        q = qkv.new_empty(count, heads.heads, heads.head_dim)
+        both = qkv.new_empty(places, 2 * heads.kv_heads, heads.head_dim)
+        kernels().spread[(count + places,)](
+            qkv, q, both, paths.positions, rows.nodes, heads.inv_freq, qkv.stride(0), count, heads.scaling,
+            HEADS=heads.heads, KV=heads.kv_heads, PADDED=_power(max(heads.heads, 2 * heads.kv_heads)),
+            D=heads.head_dim, num_warps=4,
+        )  # fmt: skip
+        return q, both[:, : heads.kv_heads], both[:, heads.kv_heads :]
+
+    def spread_back(self, of_q: Tensor, of_keys: Tensor, of_values: Tensor, paths: Paths, heads: Heads) -> Tensor:
+        rows = paths.unpadded
+        assert rows is not None
+        of_q, of_keys, of_values = of_q.contiguous(), of_keys.contiguous(), of_values.contiguous()
+        out = of_q.new_empty(len(of_q), (heads.heads + 2 * heads.kv_heads) * heads.head_dim)
+        kernels().spread_back[(len(of_q),)](
+            of_q, of_keys, of_values, out, paths.positions, rows.owner, rows.copies, rows.starts, heads.inv_freq,
+            heads.scaling, HEADS=heads.heads, KV=heads.kv_heads, PADDED=_power(heads.heads),
+            KV_PADDED=_power(heads.kv_heads), D=heads.head_dim, num_warps=4,
+        )  # fmt: skip
+        return out
+
+    def attend_rows(
+        self, q: Tensor, keys: Tensor, values: Tensor, paths: Paths, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        rows, reach = _flash_options(paths, window)
+        found, mass, *_ = torch.ops.aten._flash_attention_forward(q, keys, values, *rows, False, **reach)
+        return found, mass
+
+    def attend_rows_back(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        found: Tensor,
+        mass: Tensor,
+        paths: Paths,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        state = q.new_empty(2, dtype=torch.uint64)  # of a dropout that there is not
+        rows, reach = _flash_options(paths, window)
+        given = (grad, q, keys, values, found, mass, *rows, state, state)
+        return torch.ops.aten._flash_attention_backward(*given, **reach)
+
     def swiglu_back(self, grad: Tensor, gate_up: Tensor) -> None:
         count, width = grad.shape
         kernels().swiglu_back[(count, -(-width // 1024))](
@@ -209,6 +258,22 @@ class Fused:
             table.tokens.stride(0),
             num_warps=1,
         )
+
+
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has FlashAttention (arXiv 2307.08691) here, which `Fused.attend_rows` is."""
+    if device.type != "cuda" or torch.version.cuda is None or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _flash_options(paths: Paths, window: int | None) -> tuple[tuple[Any, ...], dict[str, int]]:
+    """Row starts, the largest rows, no dropout, and causal, so that a row's last query stands at its last key; and how
+    far it looks back."""
+    rows, longest = paths.unpadded, paths.nodes.shape[1]
+    assert rows is not None
+    reach = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    return (rows.own, rows.starts, longest, longest, 0.0, True), reach
 
 
 def _blocks(rows: int, outs: int, itemsize: int) -> tuple[int, int, int]:

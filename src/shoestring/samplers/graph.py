@@ -456,8 +456,7 @@ def side_by_side(lengths: Sequence[int], device: torch.device) -> tuple[Paths, t
     starts = ends - torch.tensor(lengths)
     nodes = torch.minimum(starts[:, None] + torch.arange(longest), ends[:, None] - 1)
     place = within.flatten().nonzero().flatten()
-    parts = (nodes, place, place % longest)
-    return Paths(*(part.to(device) for part in parts)), (ends - 1).to(device)
+    return Paths(nodes, place, place % longest).to(device), (ends - 1).to(device)
 
 
 def prompts_at_once(rows: int, prompts: int, num: int) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shoestring.samplers.base import Sampling
+from shoestring.types import Paths
 
 # Columns of `Table.info`.
 SLOT, LENGTH, PROMPT, PROMPT_LENGTH, LIMIT, DONE, TOKEN, COLUMNS = range(8)
@@ -93,6 +94,11 @@ class Heads:
     """Of the rotary embedding."""
     eps: float
 
+    @property
+    def counts(self) -> list[int]:
+        """Of queries, keys and values, as they lie beside each other."""
+        return [self.heads, self.kv_heads, self.kv_heads]
+
 
 class Product(Protocol):
     """One product for the linear modules that share an input, with LoRA beside it."""
@@ -161,6 +167,35 @@ class Operations(Protocol):
 
     def rotate_back(self, grad: Tensor, positions: Tensor, heads: Heads) -> Tensor:
         """Overwrites the gradient of `rotate`'s output with that of its input."""
+        ...
+
+    def spread(self, qkv: Tensor, paths: Paths, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the nodes of a tree, [T, (heads + 2 kv) D]: each one's rotated query, [T, heads, D], and at each place of
+        its unpadded rows the rotated key and the value, [P, kv, D] both."""
+        ...
+
+    def spread_back(self, of_q: Tensor, of_keys: Tensor, of_values: Tensor, paths: Paths, heads: Heads) -> Tensor:
+        """The gradient of `qkv` in `spread`, from those of what it gave."""
+        ...
+
+    def attend_rows(
+        self, q: Tensor, keys: Tensor, values: Tensor, paths: Paths, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention of what `spread` gave, [T, heads, D], and the logarithms of its sums, [heads, T]."""
+        ...
+
+    def attend_rows_back(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        found: Tensor,
+        mass: Tensor,
+        paths: Paths,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of q, keys and values, from that of what was `found`."""
         ...
 
     def swiglu(self, gate_up: Tensor) -> Tensor:

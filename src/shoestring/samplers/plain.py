@@ -19,6 +19,7 @@ from shoestring.samplers.operations import (
     Product,
     Table,
 )
+from shoestring.types import Paths
 
 
 class _Step:
@@ -131,6 +132,44 @@ class Plain:
         qk.copy_(_rotated(qk, cos, sin if sign > 0 else -sin))
         return qkv
 
+    def spread(self, qkv: Tensor, paths: Paths, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+        assert paths.unpadded is not None
+        counts = [heads.heads, heads.kv_heads, heads.kv_heads]
+        q, k, v = self.rotate(qkv, paths.positions, heads).unflatten(-1, (-1, heads.head_dim)).split(counts, 1)
+        return q, k[paths.unpadded.nodes], v[paths.unpadded.nodes]
+
+    def spread_back(self, of_q: Tensor, of_keys: Tensor, of_values: Tensor, paths: Paths, heads: Heads) -> Tensor:
+        assert paths.unpadded is not None
+        wide = torch.cat([of_keys, of_values], 1).to(_wide_dtype(of_q))
+        of_kv = wide.new_zeros(len(of_q), *wide.shape[1:]).index_add_(0, paths.unpadded.nodes, wide).to(of_q.dtype)
+        return self.rotate_back(torch.cat([of_q, of_kv], 1).flatten(1), paths.positions, heads)
+
+    def attend_rows(
+        self, q: Tensor, keys: Tensor, values: Tensor, paths: Paths, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        assert paths.unpadded is not None
+        own, all_of_it = (at.diff().tolist() for at in (paths.unpadded.own, paths.unpadded.starts))
+        parts = zip(q.split(own), keys.split(all_of_it), values.split(all_of_it), strict=True)
+        rows = [_attend_row(*part, window) for part in parts]
+        return torch.cat([found for found, _ in rows]), torch.cat([mass for _, mass in rows], 1)
+
+    def attend_rows_back(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        found: Tensor,
+        mass: Tensor,
+        paths: Paths,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (q, keys, values)]
+        with torch.enable_grad():
+            again, _ = self.attend_rows(leaves[0], leaves[1], leaves[2], paths, window)
+        of_q, of_keys, of_values = torch.autograd.grad(again, leaves, grad)
+        return of_q, of_keys, of_values
+
     def swiglu(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
@@ -167,6 +206,18 @@ class Plain:
         info[:, TOKEN] = token
         info[:, DONE] = table.ends[token] | (place + 1 >= info[:, LIMIT])
         table.info[rows] = info
+
+
+def _attend_row(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """Attention of a row's last n tokens to all of it, [n, heads, D], and the logarithms of the sums, [heads, n]."""
+    at = torch.arange(len(keys), device=q.device)
+    before = at[len(keys) - len(q) :, None] - at
+    unseen = (before < 0) | (before >= (len(keys) if window is None else window))
+    keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (keys, values))
+    scores = torch.einsum("nhd,mhd->hnm", _wide(q), _wide(keys)) * q.shape[2] ** -0.5
+    scores = scores.masked_fill(unseen, -torch.inf)
+    found = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), _wide(values))
+    return found.to(q.dtype), scores.logsumexp(-1)
 
 
 def keep_entropy(logits: Tensor, rows: Tensor, table: Table, sampling: Sampling) -> None:
