@@ -30,16 +30,16 @@ lever gsm8k svamp-smollm2 "task={name=\"mixture\",of=[$svamp,\"gsm8k\"],num=[600
 lever kl svamp-smollm2 objective.beta=0.04
 lever fewer-weights svamp-smollm2 adapter.rank=4 adapter.alpha=8 adapter.layers=last-third
 lever words-longer svamp-smollm2 "task={name=\"mixture\",of=[$svamp,\"word-problems\"],num=[600,6000]}" steps=300
-lever t-spmo-none svamp-smollm2-t-spmo
-lever t-spmo-replay svamp-smollm2-t-spmo algorithm.replay_from=both
-lever t-spmo-replay-success svamp-smollm2-t-spmo algorithm.replay_from=success
-lever t-spmo-large-groups svamp-smollm2-t-spmo sampling.num_prompts=4 sampling.num_completions=64
-lever t-spmo-colder svamp-smollm2-t-spmo sampling.temperature=0.5
-lever t-spmo-colder-large svamp-smollm2-t-spmo sampling.temperature=0.5 sampling.num_prompts=4 sampling.num_completions=64
-lever t-spmo-coldest svamp-smollm2-t-spmo sampling.temperature=0.3
+lever t-spmo-none svamp-smollm2-t-spmo sampling.temperature=1 optim.lr=1e-4
+lever t-spmo-replay svamp-smollm2-t-spmo algorithm.replay_from=both sampling.temperature=1 optim.lr=1e-4
+lever t-spmo-replay-success svamp-smollm2-t-spmo algorithm.replay_from=success sampling.temperature=1 optim.lr=1e-4
+lever t-spmo-large-groups svamp-smollm2-t-spmo sampling.num_prompts=4 sampling.num_completions=64 sampling.temperature=1 optim.lr=1e-4
+lever t-spmo-colder svamp-smollm2-t-spmo sampling.temperature=0.5 optim.lr=1e-4
+lever t-spmo-colder-large svamp-smollm2-t-spmo sampling.temperature=0.5 sampling.num_prompts=4 sampling.num_completions=64 optim.lr=1e-4
+lever t-spmo-coldest svamp-smollm2-t-spmo sampling.temperature=0.3 optim.lr=1e-4
 lever t-spmo-colder-faster svamp-smollm2-t-spmo sampling.temperature=0.5 optim.lr=3e-4
-lever t-spmo-colder-longer svamp-smollm2-t-spmo sampling.temperature=0.5 steps=300
-lever t-spmo-colder-replay svamp-smollm2-t-spmo sampling.temperature=0.5 algorithm.replay_from=both
+lever t-spmo-colder-longer svamp-smollm2-t-spmo sampling.temperature=0.5 steps=300 optim.lr=1e-4
+lever t-spmo-colder-replay svamp-smollm2-t-spmo sampling.temperature=0.5 algorithm.replay_from=both optim.lr=1e-4
 for process in "${begun[@]}"; do wait "$process" || failed=1; done
 python3 bench/levers.py
 exit $failed

@@ -7,9 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from shoestring import config as configs
-from shoestring.evaluation import paired, wilson
-
 ROOT = Path(__file__).parent.parent
 METHODS = ("grpo", "s-grpo", "t-spmo")
 
@@ -20,6 +17,9 @@ def read(path: Path) -> Any:
 
 def row(figures: dict[str, Any]) -> dict[str, Any]:
     """A sweep's row, with what was sampled, the base's interval, and the evaluations during the run by step."""
+    from shoestring import config as configs  # here, since torch takes seconds and most questions need no run's config
+    from shoestring.evaluation import wilson
+
     folder = ROOT / figures["run"]
     config = configs.load(folder / "config.toml")
     right = round(figures["base_accuracy"] * figures["problems"])
@@ -42,6 +42,8 @@ def row(figures: dict[str, Any]) -> dict[str, Any]:
 
 def gain(folder: Path, split: str) -> tuple[float, tuple[float, float]]:
     """Paired over the problems, with a bootstrap over them."""
+    from shoestring.evaluation import paired
+
     after = read(folder / f"evaluation-{split}-all.json")["outcomes"]
     bases = [read(path)["outcomes"] for path in folder.parent.glob("base-*.json")]
     [before] = [outcomes for outcomes in bases if outcomes.keys() == after.keys()]

@@ -4,8 +4,9 @@
 #   bench/tuned.sh NAME [STAGE ...]
 # NAME: svamp-smollm2, multiply-2x2-smollm2, multiply-3x3-smollm2 (a GPU), multiply-embedded-hard and
 # multiply-embedded-harder (a CPU).
-# Stages in order: sft rates results seeds passes elsewhere results; default: all. The three methods run beside each other,
-# so a run's seconds are not those it takes alone. Stage longer: GRPO with fifteen times the completions, one seed.
+# Stages in order: sft rates seeds passes elsewhere; default: all. Methods (METHODS, all three where nothing is said) run
+# beside each other, each with AT_ONCE runs or evaluations at a time, so a run's seconds are not those it takes alone.
+# Stage longer, by itself: GRPO with fifteen times the completions, one seed.
 set -euo pipefail
 shoestring=(python3 -m shoestring)
 name=$1
@@ -35,37 +36,28 @@ case $name in
   *) echo "no such name: $name" >&2 && exit 1 ;;
 esac
 
-# In the background, once for each method; fails if one of them does.
-each() {
-  local waiting=() status=0
-  for method in grpo s-grpo t-spmo; do "$1" "$method" & waiting+=($!); done
-  for process in "${waiting[@]}"; do wait "$process" || status=1; done
-  return $status
-}
-
 # A sweep of a method's own recipe, or of the one for all.
 swept() {
   local own=recipes/$recipe-$1.toml
   [ -e "$own" ] || own=recipes/$recipe.toml
   "${shoestring[@]}" sweep "$own" "algorithm.name=$1" "${settings[@]}" "${trained[@]}" "model=$start/model" \
-    --out "runs/$name-$1" "${@:2}"
+    --out "runs/$name-$1" --at-once "${AT_ONCE:-1}" "${@:2}"
 }
 
 sft() { [ -e "$start/model" ] || "${shoestring[@]}" sft "${sft[@]}" "${settings[@]}" "out=$start"; }
 
-# A rate for each method, by held-back problems.
-rates() { each rates_of; }
-rates_of() {
+# A rate, by held-back problems.
+rates() {
   local missing
   missing=$(python3 bench/tuned.py "$name" rates "$1")
   [ -z "$missing" ] && return
   swept "$1" --over "optim.lr=$missing" --seeds 0 --split validation
   cp "runs/$name-$1/sweep.json" "runs/$name-$1/rates.json"
+  results
 }
 
 # Three seeds at that rate, by the test problems. Both lie in one folder, so seed 0 is trained once.
-seeds() { each seeds_of; }
-seeds_of() {
+seeds() {
   local missing rate
   missing=$(python3 bench/tuned.py "$name" seeds "$1")
   rate=$(python3 bench/tuned.py "$name" best "$1")
@@ -79,12 +71,12 @@ longer() {
   pass "runs/$name-longer/seed-0" "runs/$name-longer/seed-0/"
 }
 
-# pass@k at temperature 1 of the warm start and of every final run.
-passes() { for_all pass; }
+# pass@k at temperature 1 of a method's final runs, or of the warm start.
+passes() { of_models pass "$1"; }
 pass() { evaluated "$1" "$2passes.json" "${settings[@]}" "${judged[@]}" --temperature 1; }
 
 # Greedy accuracy of the same on other problems.
-elsewhere() { for_all judge_elsewhere; }
+elsewhere() { of_models judge_elsewhere "$1"; }
 judge_elsewhere() {
   local label how
   for line in "${elsewhere[@]}"; do
@@ -93,12 +85,21 @@ judge_elsewhere() {
   done
 }
 
-# A job, given a model and how its files begin.
-for_all() { job=$1; "$job" "$start/model" "runs/$name-base-"; each for_runs_of; }
-for_runs_of() {
-  local runs
-  runs=$(python3 bench/tuned.py "$name" runs "$1")
-  for run in $runs; do "$job" "$run" "$run/"; done
+# A job, given each model and how its files begin.
+of_models() {
+  [ "$2" = base ] && { "$1" "$start/model" "runs/$name-base-"; return; }
+  local runs begun=()
+  runs=$(python3 bench/tuned.py "$name" runs "$2")
+  for run in $runs; do
+    while (($(jobs -rp | wc -l) >= ${AT_ONCE:-1})); do sleep 0.2; done
+    "$1" "$run" "$run/" & begun+=($!)
+  done
+  all_of "${begun[@]}"
+}
+all_of() {
+  local status=0
+  for process in "$@"; do wait "$process" || status=1; done
+  return $status
 }
 evaluated() {
   [ -e "$2" ] && return
@@ -106,7 +107,21 @@ evaluated() {
   mv "$2.draft" "$2"
 }
 
-results() { python3 bench/tuned.py "$name"; }
+results() { flock "runs/$name.lock" python3 bench/tuned.py "$name"; }
 
 shift
-for stage in ${@:-sft rates results seeds passes elsewhere results}; do "$stage"; done
+mkdir -p runs
+[ $# -gt 0 ] || set -- sft rates seeds passes elsewhere
+later=() begun=() failed=0
+for stage in "$@"; do
+  case $stage in sft | longer) "$stage" ;; *) later+=("$stage") ;; esac
+done
+stages_of() {
+  for stage in "${later[@]}"; do
+    case $1-$stage in base-rates | base-seeds) ;; *) "$stage" "$1" ;; esac
+  done
+}
+for method in base ${METHODS:-grpo s-grpo t-spmo}; do stages_of "$method" & begun+=($!); done
+all_of "${begun[@]}" || failed=1
+results
+exit $failed

@@ -82,6 +82,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--over", "task=multiplication,file:none.jsonl"], "there is no such file"),
     (["--split", "exam"], "there is no such split"),
     (["--num", "0"], "num is 0"),
+    (["--at-once", "0"], "at-once is 0"),
     (["eval_every=1", "evaluation.keep=best", "evaluation.split=test"], "cannot be judged on them"),
 ]
 
@@ -192,18 +193,30 @@ def test_a_run_that_fails_is_told_and_tried_again(
     assert (len(written()["rows"]), written()["failed"]) == (2, {})
 
 
-def test_each_card_has_one_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("at_once", "shared"),
+    [
+        (1, [("4", 0), ("7", 1), ("4", 2), ("7", 3), ("4", 4)]),
+        (2, [("4", 0), ("7", 1), ("4", 2), ("7", 3), ("4", 4)]),
+    ],
+)
+def test_each_card_has_so_many_runs_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, at_once: int, shared: list[tuple[str, int]]
+) -> None:
     chosen = trials(None, SMALL, [], range(5), "out")
     seen: list[tuple[str | None, int]] = []
-    busy: set[str | None] = set()
+    busy: list[str | None] = []
+    most = 0
 
     class Busy:
         stdin = None
         returncode = 0
 
         def __init__(self, trial: Trial, card: str | None):
-            assert card not in busy
-            busy.add(card)
+            nonlocal most
+            busy.append(card)
+            assert busy.count(card) <= at_once
+            most = max(most, len(busy))
             seen.append((card, trial.config.seed))
             self.card, self.polls = card, 0
             trial.log.parent.mkdir(exist_ok=True)
@@ -213,15 +226,15 @@ def test_each_card_has_one_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
             self.polls += 1
             if self.polls < 2:
                 return None
-            busy.discard(self.card)
+            busy.remove(self.card)
             return 0
 
     monkeypatch.setattr(sweep, "_started", Busy)
     monkeypatch.setattr(sweep.time, "sleep", lambda seconds: None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    failed, stopped = sweep.carry_out(chosen, print)
-    assert seen == [("4", 0), ("7", 1), ("4", 2), ("7", 3), ("4", 4)]
+    failed, stopped = sweep.carry_out(chosen, print, at_once)
+    assert (seen, most) == (shared, 2 * at_once)
     assert (set(failed.values()), stopped) == ({"no result"}, 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert sweep._cards(chosen) == ["0", "1"]

@@ -160,6 +160,7 @@ def sweep(
     out: Annotated[str, typer.Option(help="The folder of the runs and of sweep.json.")] = "runs/sweep",
     split: Annotated[str | None, typer.Option(help="What judges; default: the runs' own evaluation problems.")] = None,
     num: Annotated[int | None, typer.Option(help="Problems, the first of the split.")] = None,
+    at_once: Annotated[int, typer.Option(help="Runs that share a GPU, and its memory and time.")] = 1,
 ) -> None:
     """Train over values and seeds, and compare: [RECIPE] [KEY=VALUE ...] --over KEY=VALUE,VALUE --seeds 0,1,2.
 
@@ -171,8 +172,10 @@ def sweep(
     recipe, overrides = _split(arguments)
     if num is not None and num < 1:
         raise ConfigError(f"num is {num}", "it counts problems", "use 1 or more")
+    if at_once < 1:
+        raise ConfigError(f"at-once is {at_once}", "it counts the runs that share a GPU", "use 1 or more")
     chosen = trials(recipe, overrides, over or [], _ints(seeds, "seeds") if seeds else None, out, split, num)
-    failed, stopped = sweeps.carry_out(chosen, lambda text: print(text, flush=True))
+    failed, stopped = sweeps.carry_out(chosen, lambda text: print(text, flush=True), at_once)
     found = sweeps.summary(chosen, failed)
     path = Path(out) / "sweep.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -27,25 +27,27 @@ from shoestring.signals import held_back
 from shoestring.trials import Trial, all_but_out
 
 
-def carry_out(trials: Sequence[Trial], say: Callable[[str], None]) -> tuple[dict[str, str], int]:
-    """Runs what is not done, one process a card; why runs failed, by label, and the signal that ended it all, or 0."""
+def carry_out(trials: Sequence[Trial], say: Callable[[str], None], at_once: int = 1) -> tuple[dict[str, str], int]:
+    """Runs what is not done, `at_once` processes a card; why runs failed, by label, and the signal that ended it all,
+    or 0."""
     waiting = [trial for trial in trials if not trial.done]
-    cards = _cards(trials)
-    running: dict[str | None, tuple[Trial, subprocess.Popen[bytes]]] = {}
+    free = [card for _ in range(at_once) for card in _cards(trials)]
+    running: list[tuple[Trial, subprocess.Popen[bytes], str | None]] = []
     failed: dict[str, str] = {}
     with held_back() as stopped:
         while running or (waiting and not stopped):
-            for card in cards:
-                if card not in running and waiting and not stopped:
-                    trial = waiting.pop(0)
-                    say(f"{trial.label}: {_comes_to(trial)}")
-                    running[card] = trial, _started(trial, card)
-            for card, (trial, process) in list(running.items()):
+            while free and waiting and not stopped:
+                trial, card = waiting.pop(0), free.pop(0)
+                say(f"{trial.label}: {_comes_to(trial)}")
+                running.append((trial, _started(trial, card), card))
+            for place in list(running):
+                trial, process, card = place
                 if stopped and process.stdin:
                     process.stdin.close()  # which tells it to stop after its step
                 if process.poll() is None:
                     continue
-                del running[card]
+                running.remove(place)
+                free.append(card)
                 if trial.done:
                     say(f"{trial.label}: {row(trial)['accuracy']:.1%}")
                 elif not stopped:
