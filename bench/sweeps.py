@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def write(name: str, sweep: dict[str, Any], rows: list[dict[str, Any]], **more: 
         "rows": rows,
     }
     target = ROOT / "bench" / "results" / f"{name}.json"
-    target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    draft = target.with_suffix(f".{os.getpid()}")  # others read the file at any time
+    draft.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, target)
     for r in rows:
         if "seed" in r:
             print(

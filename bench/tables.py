@@ -64,7 +64,7 @@ def demo_compare() -> str:
 
 
 def tuned(name: str) -> str:
-    """Of bench/tuned.sh: three methods tuned alike, then seeds at the rate chosen."""
+    """Of bench/tuned.sh: three rates of each method, then seeds at the best of them."""
     found, tuning = result(name), result(f"{name}-lr")
     base = found["rows"][0]
     befores = {r["base_accuracy"]: f"{r['base_low']:.1%} to {r['base_high']:.1%}" for r in found["rows"]}
@@ -126,19 +126,20 @@ def svamp_short() -> str:
 def rates(name: str) -> str:
     """The rates of bench/tuned.sh alone."""
     found = result(f"{name}-lr")
+    tried = sorted({r["lr"] for r in found["rows"]})
     rows = []
     for method in dict.fromkeys(r["method"] for r in found["rows"]):
         runs = [r for r in found["rows"] if r["method"] == method]
-        each = [f"{r['accuracy']:.1%} ({r['low']:.1%} to {r['high']:.1%})" for r in runs]
+        found_at = {r["lr"]: f"{r['accuracy']:.1%} ({r['low']:.1%} to {r['high']:.1%})" for r in runs}
+        each = [found_at.get(rate, "not yet") for rate in tried]
         curves = [" ".join(f"{100 * value:.0f}" for value in r["curve"].values()) for r in runs]
         rows.append([f"`{method}`", *each, "; ".join(curves)])
-    columns = [f"{rate:g}" for rate in sorted({r["lr"] for r in found["rows"]})]
     note = (
         f"\nGreedy accuracy on {found['rows'][0]['problems']} held-back problems (Wilson), from "
         f"{found['rows'][0]['base_accuracy']:.1%}; the curves, in per cent, on {found['rows'][0]['curve_problems']} of "
         f"them. {where(found)}.\n"
     )
-    return table(["method", *columns, "each rate's curve"], rows) + note
+    return table(["method", *[f"{rate:g}" for rate in tried], "each rate's curve"], rows) + note
 
 
 def svamp_warmer() -> str:
@@ -148,7 +149,7 @@ def svamp_warmer() -> str:
     for rate, split in dict.fromkeys((r["lr"], r["split"]) for r in found["rows"]):
         runs = [r for r in found["rows"] if (r["lr"], r["split"]) == (rate, split)]
         _, accuracy, each, *cost = _over_seeds(runs)
-        passes = _passes([r.get("at_temperature_1") for r in runs])
+        passes = _passes([r.get("at_temperature_1") for r in runs]) if split == "test" else ""
         judged = "test" if split == "test" else "held back"
         before = ", ".join(dict.fromkeys(f"{r['base_accuracy']:.1%}" for r in runs))
         rows.append([f"{rate:g}", judged, before, accuracy, each, passes, *cost[:2]])

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A model on a task, three methods tuned alike, three seeds each: bench/results/NAME-lr.json, then NAME.json. Rows that are
-# in these files, and runs that are done, are not made again.
+# A model on a task, each of three methods at three rates, then at the best of them with three seeds:
+# bench/results/NAME-lr.json, then NAME.json. Rows that are in these files, and runs that are done, are not made again.
 #   bench/tuned.sh NAME [STAGE ...]
 # NAME: svamp-smollm2, multiply-2x2-smollm2, multiply-3x3-smollm2 (a GPU), multiply-embedded-hard and
 # multiply-embedded-harder (a CPU).

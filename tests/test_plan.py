@@ -390,11 +390,13 @@ def test_the_training_peak_is_within_15_per_cent_of_the_measured(dtype: str, ada
 @pytest.mark.parametrize(
     "adapter", [QV, ALL, {**QV, "layers": 2}, {"rank": 16, "modules": ["o_proj", "up_proj"]}], ids=str
 )
-def test_what_our_own_layers_keep(adapter: dict[str, Any], dtype: str, on: bool) -> None:
+@pytest.mark.parametrize("flash", [False, True], ids=["padded", "flash"])
+def test_what_our_own_layers_keep(adapter: dict[str, Any], dtype: str, on: bool, flash: bool) -> None:
     """Every tensor that is saved for the way back, once."""
     policy, work = built(6, adapter, DTYPES[dtype], **LARGE)
     assert policy.own_layers
-    work = replace(work, prompt=8, added=33, rows=4, group=4, prompts=1, trees=True, own_layers=True)
+    work = replace(work, prompt=8, added=33, rows=4, group=4, prompts=1, trees=True, own_layers=True, flash=flash)
+    policy.decoder.flash = flash
     settled = settle({"sampling": {"num_prompts": 1, "num_completions": 4, "max_new_tokens": work.added}})
     batch = worst_batch(prompt(work.prompt), settled, 10**6, policy)
     products = policy.decoder.products  # joins the weights, which lie elsewhere then

@@ -160,7 +160,7 @@ def sweep(
     out: Annotated[str, typer.Option(help="The folder of the runs and of sweep.json.")] = "runs/sweep",
     split: Annotated[str | None, typer.Option(help="What judges; default: the runs' own evaluation problems.")] = None,
     num: Annotated[int | None, typer.Option(help="Problems, the first of the split.")] = None,
-    at_once: Annotated[int, typer.Option(help="Runs that share a GPU, and its memory and time.")] = 1,
+    at_once: Annotated[int, typer.Option(help="Runs that share a GPU (or the CPU), and its memory and time.")] = 1,
 ) -> None:
     """Train over values and seeds, and compare: [RECIPE] [KEY=VALUE ...] --over KEY=VALUE,VALUE --seeds 0,1,2.
 
@@ -178,7 +178,9 @@ def sweep(
     failed, stopped = sweeps.carry_out(chosen, lambda text: print(text, flush=True), at_once)
     found = sweeps.summary(chosen, failed)
     path = Path(out) / "sweep.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    draft = path.with_name(f".{os.getpid()}-{path.name}")
+    draft.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
     if found["rows"]:
         _print_sweep(found, list(chosen[0].swept) or ["method"])
     for label, why in failed.items():

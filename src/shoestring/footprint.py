@@ -85,6 +85,8 @@ class Work:
     """What completions share is run once in training."""
     own_layers: bool = False
     """Training runs the layers by our own code, not by transformers'."""
+    flash: bool = False
+    """Attention of these runs without padding."""
     filtered: bool = False
     """Some draw is greedy or filtered (evaluations' are) or tells its entropy, and so needs probabilities of all
     tokens."""
@@ -350,7 +352,7 @@ def kept_own(work: Work) -> int:
     shape = work.shape
     width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     inner = work.trained.rank * len(work.trained.modules - {"down_proj"})
-    sums = 4 * shape.heads * _has_flash(work)
+    sums = 4 * shape.heads * work.flash
     return work.itemsize * (2 * width + 2 * kv_width + shape.hidden + 2 * shape.intermediate + inner) + sums
 
 
@@ -392,16 +394,12 @@ def back_own(work: Work, batch: MicroBatch, checkpointing: bool) -> int:
     if checkpointing:  # what was computed again is let go after use; autograd lets go of nothing before the end
         beside -= 2 * shape.intermediate
     attention = work.itemsize * beside * batch.nodes
-    if _has_flash(work):
+    if work.flash:
         attention += _flash(work, batch)
     else:
         path = 4 * (width + 2 * kv_width) + 2 * width
         attention += work.itemsize * ((width + 2 * kv_width) * batch.nodes + path * batch.places)
     return max(mlp, attention)
-
-
-def _has_flash(work: Work) -> bool:
-    return work.gpu and work.itemsize == 2
 
 
 def _flash(work: Work, batch: MicroBatch) -> int:

@@ -176,8 +176,18 @@ def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
         filtered=bool(config.eval_every or sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.entropy),
         trees=fast and shape.family in TREE_MODELS,
         own_layers=fast and shape.family in MODELS and not trained.whole,
+        flash=gpu and itemsize == 2 and _has_flash(),
         trunk_rows=_trunk_rows(config, shape, trained),
     )
+
+
+def _has_flash() -> bool:
+    """Whether torch has FlashAttention on the card here; a card that is not here is taken for one that has it."""
+    import torch
+
+    from shoestring.samplers.fused import has_flash
+
+    return not torch.cuda.is_available() or has_flash(torch.device("cuda"), torch.bfloat16)
 
 
 def _trunk_rows(config: RunConfig, shape: Shape, trained: Trained) -> int:
