@@ -101,7 +101,7 @@ def config_of(point: dict[str, Any], tiny: bool) -> dict[str, Any]:
 def main(out: str, tiny: bool, only: str) -> None:
     assert all(point.get("shape", "tiny") in SHAPES for points in AXES.values() for point in points)
     before = Path(out) / "growth.json"
-    found = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {"rows": []}
+    found: dict[str, Any] = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {"rows": []}
     assert found.get("device", device_name()) == device_name(), f"{before} is of another card: write elsewhere"
     if not found["rows"]:
         found["bytes_per_s"], found["operations_per_s"] = reached(tiny)

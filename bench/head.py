@@ -22,6 +22,7 @@ from torch import Tensor
 
 from shoestring import heads, kernels
 from shoestring.heads import head_bytes, selected_logprobs, tile_shape
+from shoestring.products import add_product
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -72,7 +73,7 @@ def products(hidden: Tensor, weight: Tensor) -> None:
             for columns in weight.split(num_columns):
                 logits = rows @ columns.T
                 torch.matmul(rows, columns.T, out=logits)
-                heads._add_product(total, logits, columns)
+                add_product(total, logits, columns)
 
 
 def line(path: str, num: int, vocab: int, size: int) -> dict[str, Any]:

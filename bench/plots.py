@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
 from tables import ROOT, result
 
 FIGURES = ROOT / "docs" / "figures"
@@ -45,7 +45,7 @@ def ablations() -> None:
             curves(axis, [r["curve"] for r in rows if r["value"] == value], value)
         axis.set_title(ABLATIONS[name], fontsize=9)
         axis.legend(fontsize=8, loc="lower right")
-        axis.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for axis in list(axes.flat)[len(shown) :]:
         axis.set_visible(False)
     figure.supxlabel("step", fontsize=9)
@@ -64,7 +64,7 @@ def rates(name: str) -> None:
                 curves(axis, [r["curve"]], f"{r['lr']:g}")
         axis.set_title(method, fontsize=9)
         axis.legend(title="learning rate", fontsize=8, title_fontsize=8)
-        axis.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     figure.supxlabel("step", fontsize=9)
     figure.supylabel(f"of {rows[0]['curve_problems']} held-back problems", fontsize=9)
     save(figure, name)
@@ -121,7 +121,7 @@ DRAWN: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
-    mpl.rcParams.update({"svg.hashsalt": "shoestring", "svg.fonttype": "none"})
+    plt.rcParams.update({"svg.hashsalt": "shoestring", "svg.fonttype": "none"})
     for needed, draw in DRAWN.items():
         if (ROOT / "bench" / "results" / f"{needed}.json").is_file():
             draw()
