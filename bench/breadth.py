@@ -10,15 +10,18 @@ from typing import Any
 from sweeps import METHODS, ROOT, read, write
 
 RUNS = ROOT / "runs"
+GREEDY = ("accuracy", "low", "high", "problems")
 DIGITS = ("2x2", "1x3", "2x3", "3x2")
 
 
 def judged(name: str) -> dict[str, Any]:
-    """Greedy accuracy by digits with Wilson's interval, and pass@k at temperature 1."""
+    """Greedy accuracy by digits and on the training split, with Wilson's interval, and pass@k at temperature 1."""
     found: dict[str, Any] = {"digits": {}}
     for digits in DIGITS:
         seen = read(RUNS / "breadth" / f"{name}-{digits}.json")
-        found["digits"][digits] = {key: seen[key] for key in ("accuracy", "low", "high", "problems")}
+        found["digits"][digits] = {key: seen[key] for key in GREEDY}
+    seen = read(RUNS / "breadth" / f"{name}-trained.json")
+    found["trained_on"] = {key: seen[key] for key in GREEDY}
     passes = read(RUNS / "breadth" / f"{name}-passes.json")
     return found | {key: passes[key] for key in ("pass_at_k", "pass_at_k_interval", "samples", "problems")}
 

@@ -328,12 +328,20 @@ def breadth() -> str:
     for method in dict.fromkeys(r["method"] for r in found["rows"]):
         runs = [r for r in found["rows"] if r["method"] == method]
         greedy = [spread([r["digits"][d]["accuracy"] for r in runs], ".1%") for d in digits]
-        rows.append([f"`{method}`", *greedy, *[spread([r["pass_at_k"][k] for r in runs], ".1%") for k in ks]])
+        trained = spread([r["trained_on"]["accuracy"] for r in runs], ".1%")
+        rows.append([f"`{method}`", trained, *greedy, *[spread([r["pass_at_k"][k] for r in runs], ".1%") for k in ks]])
     note = (
-        f"\nOf {found['rows'][0]['problems']} test problems each; means of three seeds with the least and greatest. "
+        f"\nOf {found['rows'][0]['problems']} test problems each, and of {found['rows'][0]['trained_on']['problems']} "
+        "of the training split; means of three seeds with the least and greatest. "
         f"pass@k at temperature 1 from {found['rows'][0]['samples']} completions. {where(found)}.\n"
     )
-    return table(["method", *[f"{d}, greedy" for d in digits], *[f"2x2, pass@{k}" for k in ks]], rows) + note
+    return (
+        table(
+            ["method", "trained on, 2x2, greedy", *[f"{d}, greedy" for d in digits], *[f"2x2, pass@{k}" for k in ks]],
+            rows,
+        )
+        + note
+    )
 
 
 def svamp_levers() -> str:
