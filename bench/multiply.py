@@ -18,18 +18,32 @@ STAGES = {
     "multiply-embedded-lr": [f"multiply-{method}/rates.json" for method in METHODS],
     "multiply-embedded": [f"multiply-{method}/sweep.json" for method in METHODS],
     "multiply-embedded-long": [f"multiply-long-{method}/sweep.json" for method in ("s-grpo", "t-spmo")],
+    "multiply-embedded-worked": [f"multiply-embedded-worked-{method}/sweep.json" for method in METHODS],
 }
+
+
+def trained_on(name: str) -> dict[str, float]:
+    """Greedy accuracy on problems of the training split."""
+    found = read(ROOT / "runs" / "worked" / f"{name}-trained.json")
+    return {key: found[key] for key in ("accuracy", "low", "high", "problems")}
 
 
 def main() -> None:
     for name, paths in STAGES.items():
+        if not all((ROOT / "runs" / path).is_file() for path in paths):
+            print(f"{name}: not all of its runs are done, its file stays")
+            continue
         sweeps = [read(ROOT / "runs" / path) for path in paths]
         runs = {figures["run"]: figures for sweep in sweeps for figures in sweep["rows"]}
         digits = {run: configs.load(ROOT / run / "config.toml").task.digits for run in runs}
-        write(name, sweeps[0], [{**row(figures), "digits": digits[run]} for run, figures in runs.items()])
-    same_machine = read(ROOT / "runs" / STAGES["multiply-embedded"][0])
-    base = {"method": "base", "digits": [3, 3], **read(ROOT / "runs" / "multiply-3x3.json")}
-    write("multiply-embedded-3x3", same_machine, [base])
+        rows = [{**row(figures), "digits": digits[run]} for run, figures in runs.items()]
+        if name == "multiply-embedded-worked":
+            for r in rows:
+                r |= {"base_trained_on": trained_on("base"), "trained_on": trained_on(r["method"])}
+        write(name, sweeps[0], rows)
+    same_machine, judged = (ROOT / "runs" / path for path in (STAGES["multiply-embedded"][0], "multiply-3x3.json"))
+    if same_machine.is_file() and judged.is_file():
+        write("multiply-embedded-3x3", read(same_machine), [{"method": "base", "digits": [3, 3], **read(judged)}])
 
 
 if __name__ == "__main__":

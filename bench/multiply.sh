@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Multiplication with the embedded model: some 20 minutes on one core. What is done is not run again.
+# Multiplication with the embedded model: some 50 minutes on one core. What is done is not run again.
 #   bench/multiply.sh             everything under runs/, then the result files
 set -euo pipefail
 export OMP_NUM_THREADS=1
@@ -19,6 +19,21 @@ done
 for method in s-grpo t-spmo; do
   "${shoestring[@]}" sweep "recipes/multiply-embedded-long-$method.toml" --split test --out "runs/multiply-long-$method"
 done
+
+# Behind a warm start that works everything out, in larger groups, one seed.
+[ -e runs/multiply-embedded-worked-sft/model ] || "${shoestring[@]}" sft recipes/multiply-embedded-worked-sft.toml
+for method in grpo s-grpo t-spmo; do
+  "${shoestring[@]}" sweep recipes/multiply-embedded-worked.toml "algorithm=$method" --seeds 0 --split test \
+    --out "runs/multiply-embedded-worked-$method"
+done
+# MODEL NAME: greedily on the training split
+trained() {
+  "${shoestring[@]}" eval "$1" --task multiplication 'task.digits=[2,2]' --max-new-tokens 64 --split train --num 1000 --json \
+    > "runs/worked/$2-trained.json"
+}
+mkdir -p runs/worked
+trained runs/multiply-embedded-worked-sft/model base
+for method in grpo s-grpo t-spmo; do trained "runs/multiply-embedded-worked-$method/seed-0" "$method"; done
 
 # Three digits by three, before any training.
 "${shoestring[@]}" eval tiny --task multiplication "task.digits=[3, 3]" --k 1,16 --max-new-tokens 128 --json \
