@@ -28,8 +28,11 @@ for method in grpo s-grpo t-spmo; do
 done
 # MODEL NAME: greedily on the training split
 trained() {
+  local target=runs/worked/$2-trained.json
+  [ -e "$target" ] && return
   "${shoestring[@]}" eval "$1" --task multiplication 'task.digits=[2,2]' --max-new-tokens 64 --split train --num 1000 --json \
-    > "runs/worked/$2-trained.json"
+    > "$target.draft"
+  mv "$target.draft" "$target"
 }
 mkdir -p runs/worked
 trained runs/multiply-embedded-worked-sft/model base
