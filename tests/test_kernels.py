@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
+from copy import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +16,7 @@ import torch
 
 from shoestring.batch import training_rows
 from shoestring.pieces import micro_batches
-from shoestring.samplers import Sampling
+from shoestring.samplers import Sampling, fused
 from shoestring.samplers.fused import Fused
 from shoestring.samplers.graph import GraphEngine
 from shoestring.samplers.hf import HfEngine
@@ -152,17 +158,55 @@ class Thin:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x, self.weight, self.bias) + x @ self.down.T @ self.up.T
 
+    def add_to(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        x.add_(self(y))
+
+    def single(self) -> Thin:
+        """The same numbers in fp32."""
+        made = copy(self)
+        made.weight, made.down, made.up = self.weight.float(), self.down.float(), self.up.float()
+        made.bias = self.bias.float() if self.bias is not None else None
+        return made
+
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("rows", [1, 5, 70])
 @pytest.mark.parametrize(("outs", "inputs", "tail", "bias"), [(96, 64, 8, False), (200, 72, 24, True)])
-def test_products_with_an_adapter(rows: int, outs: int, inputs: int, tail: int, bias: bool, dtype: torch.dtype) -> None:
-    x, product, do = normal(rows, inputs, dtype=dtype), Thin(outs, inputs, tail, bias, dtype), Fused()
+def test_products(rows: int, outs: int, inputs: int, tail: int, bias: bool, dtype: torch.dtype) -> None:
+    x, product, do = normal(rows, inputs, dtype=dtype) * 3, Thin(outs, inputs, tail, bias, dtype), Fused()
+    norm = normal(inputs, seed=6, dtype=dtype)
     assert do.one_kernel(x, product)
-    close(do.linear(x, product), Plain().linear(x, product))
-    wide = normal(rows, inputs + 8, dtype=dtype)[:, :inputs]
-    close(do.linear(wide, product), Plain().linear(wide, product))
-    close(do.gated(x, product), Plain().gated(x, product))
+    y = normal(rows, inputs + 8, seed=7, dtype=dtype)[:, :inputs]
+    results = []
+    for operations, single in ((do, False), (Plain(), False), (Plain(), True)):
+        a, b, gain, thin = (x.float(), y.float(), norm.float(), product.single()) if single else (x, y, norm, product)
+        sums = normal(rows, outs, seed=8, dtype=dtype).to(a.dtype)
+        operations.add_linear(sums, b, thin)
+        normed = (operations.normed_linear(a, gain, 1e-6, thin), operations.normed_gated(a, gain, 1e-6, thin))
+        results.append((*normed, sums))
+    for found, wanted, exact in zip(*results, strict=True):
+        if dtype == torch.float32:
+            close(found, wanted)
+        else:  # which rounds elsewhere, but not more
+            assert (found.float() - exact).abs().max() <= 2 * (wanted.float() - exact).abs().max()
+
+
+def test_parts_of_attention_are_none_too_small() -> None:
+    """Of 70 + 40 tokens in blocks of 32, and of the same in blocks of 8."""
+    made, _ = filled(torch.float32, heads_of(6, 2, 16))
+    assert Fused(264)._splits(2, made, 32) == 1
+    assert Fused(264)._splits(2, made, 8) == 110 // 32
+    assert Fused(264)._splits(132, made, 8) == 2
+    assert Fused(264)._splits(264, made, 8) == 1
+
+
+def test_a_product_in_half_precision_norms_first() -> None:
+    """In fp16 what the norm divides by is divided by before anything is multiplied."""
+    x, product = normal(5, 64) * 3e4, Thin(96, 64, 8, False, torch.float16)
+    x, norm = x.clamp(-6e4, 6e4).half(), torch.full((64,), 8.0, device=DEVICE).half()
+    found = Fused().normed_linear(x, norm, 1e-6, product)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, Plain().normed_linear(x, norm, 1e-6, product), atol=5e-2, rtol=1e-2)
 
 
 def test_which_products_are_one_kernel() -> None:
@@ -170,7 +214,10 @@ def test_which_products_are_one_kernel() -> None:
     assert not do.one_kernel(x, Thin(96, 64, 0, False, torch.float32))
     long = Thin(16, 8192, 8, False, torch.float32)
     assert not do.one_kernel(normal(4, 8192), long)
-    close(do.linear(normal(4, 8192), long), long(normal(4, 8192)))
+    close(
+        do.normed_linear(normal(4, 8192), norm := normal(8192, seed=6), 1e-6, long),
+        long(do.norm(normal(4, 8192), norm, 1e-6)),
+    )
     assert not do.one_kernel(x, Thin(96, 64, 72, False, torch.float32))  # too wide an A to be held beside the sums
     quantised = Thin(96, 64, 8, False, torch.float32)
     quantised.weight = None  # type: ignore[assignment]
@@ -181,8 +228,8 @@ def test_which_products_are_one_kernel() -> None:
 def test_cards_with_less_shared_memory_load_fewer_steps_ahead(shared: int, stages: int) -> None:
     do = Fused(shared=shared * 2**10)
     assert do.stages(36 * 2**10, 4) == stages
-    x, product = normal(5, 72), Thin(96, 72, 8, False, torch.float32)
-    close(do.linear(x, product), product(x))
+    x, product, norm = normal(5, 72), Thin(96, 72, 8, False, torch.float32), normal(72, seed=6)
+    close(do.normed_linear(x, norm, 1e-6, product), Plain().normed_linear(x, norm, 1e-6, product))
 
 
 def table(rows: int, width: int, vocab_size: int = 50) -> Table:
@@ -227,42 +274,62 @@ def heads_of(count: int, kv: int, size: int) -> Heads:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("norm", [False, True])
-def test_place(dtype: torch.dtype, norm: bool) -> None:
-    heads = heads_of(6, 2, 16)
-    a, b = filled(dtype, heads)
-    rows = torch.tensor([5, 0, 3, 2, 6], device=DEVICE)
-    qkv = normal(5, 10 * 16 + 8, dtype=dtype)[:, : 10 * 16]
-    norms = (normal(16, seed=1, dtype=dtype), normal(16, seed=2, dtype=dtype)) if norm else None
-    found = Fused().place(qkv, rows, a, 1, heads, norms)
-    wanted = Plain().place(qkv, rows, in_whole_rows(b), 1, heads, norms)
-    close(found, wanted)
-    whole = in_whole_rows(a)
-    assert whole.keys is not None
-    assert b.keys is not None
-    close(whole.keys.own, b.keys.own)
-
-
-@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("programs", [1, 64])
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize(("count", "kv"), [(6, 2), (4, 4), (40, 2)])
-def test_attention(dtype: torch.dtype, programs: int, window: int | None, count: int, kv: int) -> None:
-    """In one part and in several."""
+@pytest.mark.parametrize(("count", "kv", "norm"), [(6, 2, False), (4, 4, True), (40, 2, False)])
+def test_attention(
+    dtype: torch.dtype,
+    programs: int,
+    window: int | None,
+    count: int,
+    kv: int,
+    *,
+    norm: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In one part and in several; the newest tokens' keys and values are in the cache then."""
+    monkeypatch.setattr(fused, "_LEAST_BLOCKS", 1)
     heads = heads_of(count, kv, 16)
     one, other = filled(dtype, heads)
     rows = torch.tensor([5, 0, 3, 1, 4], device=DEVICE)
-    q = normal(5, count, 16, seed=9, dtype=dtype)
-    wanted = Plain().attend(q, rows, in_whole_rows(other), 1, heads, window)
-    close(Fused(programs).attend(q, rows, one, 1, heads, window), wanted)
+    qkv = normal(5, (count + 2 * kv) * 16 + 8, seed=9, dtype=dtype)[:, : (count + 2 * kv) * 16]
+    norms = (normal(16, seed=1, dtype=dtype), normal(16, seed=2, dtype=dtype)) if norm else None
+    wanted = Plain().attend(qkv, rows, in_whole_rows(other), 1, heads, norms, window)
+    close(Fused(programs).attend(qkv, rows, one, 1, heads, norms, window), wanted)
+    whole = in_whole_rows(one)
+    assert whole.keys is not None
+    assert other.keys is not None
+    close(whole.keys.own, other.keys.own)
+
+
+@pytest.mark.parametrize(("capability", "shared"), [(80, 163), (89, 99), (90, 227)])
+def test_kernels_compile_for_cards_that_are_not_here(capability: int, shared: int) -> None:
+    """For an A100, an RTX 4090 and an H100: within their shared memory, and loading ahead in whole lines. Where nothing
+    tells that the cache's addresses are aligned, attention loads each number by itself, when it is needed."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("compiled.py")), str(capability), str(shared)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert len(found) == 12
+    for made in found:
+        assert made["shared"] <= shared * 2**10
+        assert made["ahead"] >= 8, made
+        assert made["one by one"] < 8, made
 
 
 @pytest.mark.parametrize("programs", [1, 64])
-def test_rows_that_stand_for_none_give_numbers(programs: int) -> None:
+def test_rows_that_stand_for_none_give_numbers_and_leave_the_cache_alone(
+    programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "_LEAST_BLOCKS", 1)
     heads = heads_of(6, 2, 16)
-    one, _ = filled(torch.float32, heads)
-    found = Fused(programs).attend(normal(2, 6, 16), torch.tensor([2, 6], device=DEVICE), one, 0, heads, None)
+    one, before = filled(torch.float32, heads)
+    qkv = normal(2, 10 * 16)
+    found = Fused(programs).attend(qkv, torch.tensor([2, 6], device=DEVICE), one, 0, heads, None, None)
     assert torch.equal(found, torch.zeros_like(found))
+    assert one.keys is not None
+    assert before.keys is not None
+    assert torch.equal(one.keys.own, before.keys.own)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -340,9 +407,18 @@ def test_advance() -> None:
     assert a.info[:4, 5].tolist() == [0, 1, 1, 1]  # goes on, at its limit, ended before, an end token
 
 
+_ADAPTERS: dict[str, dict[str, Any] | None] = {
+    "everything": {"modules": "all-linear"},
+    "q and v": {"modules": ["q_proj", "v_proj"]},
+    "gate and down of the last": {"modules": ["gate_proj", "down_proj"], "layers": "last-third"},
+}
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
-def test_a_whole_sampling(family: str) -> None:
-    policy: Any = random_policy(family, adapter={"modules": "all-linear"}, sizes={"hidden_size": 64, "head_dim": 16})
+@pytest.mark.parametrize("name", _ADAPTERS)
+def test_a_whole_sampling(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_LEAST_BLOCKS", 1)
+    policy: Any = random_policy(family, adapter=_ADAPTERS[name], sizes={"hidden_size": 64, "head_dim": 16})
     (policy.adapted or policy.base).to(DEVICE)
     prompts = [prompt(n, n) for n in (3, 9)]
     sampling = Sampling(max_new_tokens=5)

@@ -554,6 +554,22 @@ def test_a_host_has_no_launches_to_save_by_recomputing() -> None:
     assert plan.sizes.micro_rows < plan.work.rows
 
 
+def test_on_a_large_card_training_may_take_a_share_of_it(qwen: dict[str, Any]) -> None:
+    """A fortieth of it, if that is quicker. Under a budget, where sampling takes more, or where less is to be had,
+    the card's size does not count."""
+
+    def planned(card: int, room: int | None = None, **more: Any) -> Plan:
+        config = merged(qwen, {"execution": {"device": "cuda"}, **more})
+        return predict(config, prompt_tokens=128, total=card * GIB, room=room)
+
+    beside, larger = planned(8), planned(200)
+    assert beside.peak == footprint.sample_peak(beside.work, beside.sizes.wave_rows)
+    assert _layer_time(beside.work, larger.sizes) < _layer_time(beside.work, beside.sizes)
+    assert beside.peak < larger.peak <= 5 * GIB
+    assert planned(80).sizes == planned(200, room=beside.peak).sizes == beside.sizes
+    assert planned(200, memory="6GiB").sizes == planned(8, memory="6GiB").sizes
+
+
 def test_recomputing_pays_where_the_host_would_launch_many_small_pieces(qwen: dict[str, Any]) -> None:
     matrices = 2 * 1536 * 1536 + 2 * 256 * 1536 + 3 * 8960 * 1536  # of a layer
     balanced = 1.5e11 / matrices  # tokens with which host and card take equally long

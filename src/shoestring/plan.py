@@ -30,8 +30,9 @@ _ENOUGH_TOKENS = 2_048
 _LAUNCHED = 1.5e11
 _MOST_TOKENS = 16_384
 _ERROR = 2**24
-# What a host does not miss beside the weights: there, training may take so much even where sampling needs less.
-_HOST_FLOOR = 128 * 2**20
+# What is not missed: training may take so much even where sampling needs less. On a host it is so many bytes beside the
+# weights, on a GPU this share of the card.
+_HOST_FLOOR, _CARD_FLOOR = 128 * 2**20, 0.025
 # Prompt tokens where neither the setting nor the data tells.
 _ASSUMED_PROMPT = 256
 _LOOKED_AT = 64
@@ -122,8 +123,12 @@ def predict(
     prompt, note = (prompt_tokens, "") if prompt_tokens else _prompt_tokens(config)
     gpu = on_gpu(config)
     work = work_of(config, shape, prompt, gpu=gpu)
-    budget = budget_bytes(config.memory, total if total is not None else _total(gpu))
-    return _planned(config, work, budget, room, (note,) if note else ())
+    total = total if total is not None else _total(gpu)
+    floor = int((total or 0) * _CARD_FLOOR) if gpu else footprint.static(work) + _HOST_FLOOR
+    notes = [note] if note else []
+    if total is None and config.memory is None:
+        notes.append(f"There is no card here. On one, training may take {_CARD_FLOOR:.1%} of it, if that is more.")
+    return _planned(config, work, budget_bytes(config.memory, total), room, floor, tuple(notes))
 
 
 def check(plan: Plan) -> None:
@@ -217,11 +222,13 @@ def _fits(work: Work, peak: int, budget: int | None) -> bool:
 # --- choosing the pieces --------------------------------------------------------------------------------------------
 
 
-def _planned(config: RunConfig, work: Work, budget: int | None, room: int | None, notes: tuple[str, ...]) -> Plan:
-    sizes = _choose(config, work, budget, room)
+def _planned(
+    config: RunConfig, work: Work, budget: int | None, room: int | None, floor: int, notes: tuple[str, ...]
+) -> Plan:
+    sizes = _choose(config, work, budget, room, floor)
     without = replace(work, trunk_rows=0)
     if work.trunk_rows and config.execution.trunk_cache == "auto" and (budget is not None or room is not None):
-        plainly = _choose(config, without, budget, room)
+        plainly = _choose(config, without, budget, room, floor)
         cramped = sizes.wave_rows < plainly.wave_rows or not _fits(work, _peak(work, sizes), budget)
         work, sizes = (without, plainly) if cramped else (work, sizes)
     smallest = _least_budget(config, work)
@@ -249,9 +256,9 @@ def _train_peak(work: Work, sizes: Sizes) -> int:
     return footprint.train_peak(work, batch, sizes.checkpointing, sizes.wave_rows)
 
 
-def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None) -> Sizes:
-    """As few waves as fit, and micro-batches that take no more than sampling does; more, up to the budget, only where
-    they would be too small to keep a card busy."""
+def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None, floor: int) -> Sizes:
+    """As few waves as fit, and micro-batches that take no more than sampling or the floor, whichever is more; yet more,
+    up to the budget, only where they would be too small to keep a card busy."""
     most = room
     if budget is not None:
         most = budget - margin(work, budget)
@@ -270,16 +277,26 @@ def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None)
     if execution.micro_batch_tokens:
         limit = min(max(execution.micro_batch_tokens // work.row_tokens, 1), work.rows)
         return _micro(config, work, wave_rows, limit, budget and most)
-    limit = min(max(_MOST_TOKENS // work.row_tokens, 1), work.rows)
-    # What sampling takes for certain, prompts of one length or not, less what a prediction may err by.
-    sampling = footprint.sample_peak(replace(work, padded=False), wave_rows) - _ERROR * work.gpu
-    if budget is None and not work.gpu:
-        sampling = max(sampling, footprint.static(work) + _HOST_FLOOR)
-    beside = _micro(config, work, wave_rows, limit, sampling)
+    limit = min(max(_most_tokens(work) // work.row_tokens, 1), work.rows)
+    # What sampling takes for certain, prompts of one length or not, or the floor; less what a prediction may err by.
+    allowed = footprint.sample_peak(replace(work, padded=False), wave_rows)
+    if budget is None:
+        allowed = max(allowed, floor if most is None else min(floor, most))
+    beside = _micro(config, work, wave_rows, limit, allowed - _ERROR * work.gpu)
     if budget is None or beside.micro_rows >= min(limit, _ENOUGH_TOKENS // work.row_tokens):
         return beside
     busy = min(limit, max(_ENOUGH_TOKENS // work.row_tokens, 1))
     return _micro(config, work, wave_rows, busy, most)
+
+
+def _most_tokens(work: Work) -> int:
+    """Beyond these a micro-batch gains nothing: it keeps a card busy for twice as long as it takes to launch it."""
+    return max(_MOST_TOKENS, int(2 * _LAUNCHED / _matrices(work)) * work.gpu)
+
+
+def _matrices(work: Work) -> int:
+    """Weights of a layer."""
+    return sum(linear.inputs * linear.outputs for linear in work.shape.linears)
 
 
 def _micro(config: RunConfig, work: Work, wave_rows: int, limit: int, allowed: int | None) -> Sizes:
@@ -304,8 +321,7 @@ def _micro(config: RunConfig, work: Work, wave_rows: int, limit: int, allowed: i
 def _layer_time(work: Work, sizes: Sizes) -> float:
     """What a step's micro-batches take for one layer, in launches of its pass forward and back, which count on a GPU
     only. Recomputing adds a quarter to the launches and a third to the products."""
-    matrices = sum(linear.inputs * linear.outputs for linear in work.shape.linears)
-    launched, busy = float(work.gpu), sizes.micro_rows * work.row_tokens * matrices / _LAUNCHED
+    launched, busy = float(work.gpu), sizes.micro_rows * work.row_tokens * _matrices(work) / _LAUNCHED
     if sizes.checkpointing:
         launched, busy = launched * 1.25, busy * 4 / 3
     return -(-work.rows // sizes.micro_rows) * max(launched, busy)

@@ -39,12 +39,13 @@ def add_norm(x, y, weight, out, x_stride, y_stride, width, eps, ADD: tl.constexp
 
 @triton.jit
 def product(
-    x, weight, bias, down, up, out, rows, outs, inputs, tail, x_stride,
-    BIAS: tl.constexpr, RANK: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    x, gain, weight, bias, down, up, out, rows, outs, inputs, tail, x_stride, eps,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, GATED: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x weight^T + bias + (x down^T) up^T, [rows, outs]; GATED: silu of such a one times another, whose weights, bias
-    and `up` lie `outs` rows behind. RANK, 16 or more, is a power of 2 of `tail` or above it."""
+    """x weight^T + bias + (x down^T) up^T, [rows, outs]; GATED: silu of such a one times another,
+    whose weights, bias and `up` lie `outs` rows behind. NORM: of x's RMS norm, whose scale is found on the way and
+    multiplies the sums. ADD: added to what is there. RANK, 16 or more, is a power of 2 of `tail` or above it."""
     n, m = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     r, k = tl.arange(0, RANK), tl.arange(0, BLOCK_K)
     dtype: tl.constexpr = out.dtype.element_ty
@@ -55,15 +56,25 @@ def product(
     found = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     more = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     inner = tl.zeros((BLOCK_M, RANK), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, inputs, BLOCK_K):
         left = inputs - start
         given = tl.load(xs + start, (m[:, None] < rows) & (k[None, :] < left), 0.0)
+        if NORM:
+            wide = given.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+            given = (wide * tl.load(gain + start + k, k < left, 0.0).to(tl.float32)[None, :]).to(dtype)
         real = (n[None, :] < outs) & (k[:, None] < left)
         found = tl.dot(given, tl.load(ws + start, real, 0.0), found, input_precision=exact)
         if GATED:
             more = tl.dot(given, tl.load(ws + outs * inputs + start, real, 0.0), more, input_precision=exact)
         thin = tl.load(ds + start, (r[None, :] < tail) & (k[:, None] < left), 0.0)
         inner = tl.dot(given, thin, inner, input_precision=exact)
+    if NORM:
+        scale = tl.rsqrt(squares / inputs + eps)[:, None]
+        found *= scale
+        more *= scale
+        inner *= scale
     us = up + n[None, :] * tail + r[:, None]
     real = (n[None, :] < outs) & (r[:, None] < tail)
     found = tl.dot(inner.to(dtype), tl.load(us, real, 0.0), found, input_precision=exact)
@@ -76,7 +87,11 @@ def product(
         gate = found.to(dtype).to(tl.float32)
         active = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
         found = active * more.to(dtype).to(tl.float32)
-    tl.store(out + m[:, None] * outs + n[None, :], found.to(dtype), (m[:, None] < rows) & (n[None, :] < outs))
+    here = (m[:, None] < rows) & (n[None, :] < outs)
+    target = out + m[:, None] * outs + n[None, :]
+    if ADD:
+        found += tl.load(target, here, 0.0).to(tl.float32)
+    tl.store(target, found.to(dtype), here)
 
 
 @triton.jit
@@ -230,72 +245,45 @@ def spread_back(
 
 
 @triton.jit
-def place(
-    qkv, q_out, info, rows, where, inv_freq, q_norm, k_norm, layer, stride, eps, scaling,
-    HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    own = info + tl.load(rows + b) * COLUMNS
-    slot = tl.load(own + SLOT).to(tl.int64)
-    length = tl.load(own + LENGTH)
-    position = length + tl.load(own + PROMPT_LENGTH)
-    going = tl.load(own + DONE) == 0
+def turned(source, real, gain, inv_freq, position, eps, scaling, NORM: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+    """Heads of D numbers that lie one behind the other, N of them, normed and rotated, [N, D] as they are stored."""
     half: tl.constexpr = D // 2
-    cols = tl.arange(0, half)
-    source = qkv + b * stride + head * D
-    dtype: tl.constexpr = qkv.dtype.element_ty
-    low = tl.load(source + cols)
-    high = tl.load(source + half + cols)
-    if head < HEADS + KV:
-        a = low.to(tl.float32)
-        c = high.to(tl.float32)
-        if NORM:
-            scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(c * c, 0)) / D + eps)
-            gain = q_norm
-            if head >= HEADS:
-                gain = k_norm
-            a = (a * scale).to(dtype).to(tl.float32) * tl.load(gain + cols).to(tl.float32)
-            c = (c * scale).to(dtype).to(tl.float32) * tl.load(gain + half + cols).to(tl.float32)
-            a = a.to(dtype).to(tl.float32)
-            c = c.to(dtype).to(tl.float32)
-        angle = position.to(tl.float32) * tl.load(inv_freq + cols)
-        cos = (tl.cos(angle) * scaling).to(dtype).to(tl.float32)
-        sin = (tl.sin(angle) * scaling).to(dtype).to(tl.float32)
-        low = (a * cos - c * sin).to(dtype)
-        high = (c * cos + a * sin).to(dtype)
-    if head < HEADS:
-        target = q_out + (b * HEADS + head) * D
-        tl.store(target + cols, low)
-        tl.store(target + half + cols, high)
-    else:
-        kind = (head - HEADS) // KV  # 0 keys, 1 values
-        kv = (head - HEADS) % KV
-        slots = tl.load(where + 5)
-        count = tl.load(where + 7)
-        address = tl.load(where + 2 + kind).to(tl.pointer_type(dtype))
-        target = address + (((layer * count + slot) * KV + kv) * slots + length) * D
-        if going:
-            tl.store(target + cols, low)
-            tl.store(target + half + cols, high)
+    cols = tl.arange(0, D)
+    across = (cols + half) % D
+    dtype: tl.constexpr = source.dtype.element_ty
+    heads = source + tl.arange(0, N)[:, None] * D
+    a = tl.load(heads + cols[None, :], real[:, None], 0.0).to(tl.float32)
+    c = tl.load(heads + across[None, :], real[:, None], 0.0).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
+        a = (a * scale).to(dtype).to(tl.float32) * tl.load(gain + cols).to(tl.float32)[None, :]
+        c = (c * scale).to(dtype).to(tl.float32) * tl.load(gain + across).to(tl.float32)[None, :]
+        a = a.to(dtype).to(tl.float32)
+        c = c.to(dtype).to(tl.float32)
+    angle = position.to(tl.float32) * tl.load(inv_freq + cols % half)
+    cos = (tl.cos(angle) * scaling).to(dtype).to(tl.float32)
+    sin = (tl.sin(angle) * scaling).to(dtype).to(tl.float32)
+    sin = tl.where(cols < half, -sin, sin)
+    return (a * cos[None, :] + c * sin[None, :]).to(dtype)
 
 
 @triton.jit
 def attend(
-    q, out, mass, info, rows, where, layer, scale, window,
+    qkv, out, mass, info, rows, where, inv_freq, q_norm, k_norm, layer, stride, scale, window, eps, scaling,
     KV: tl.constexpr, REPEAT: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
+    """The first split begins with the newest token, which it takes to the cache; the others find what was there."""
     b = tl.program_id(0).to(tl.int64)
     kv = tl.program_id(1)
     split = tl.program_id(2)
     own = info + tl.load(rows + b) * COLUMNS
     slot = tl.load(own + SLOT).to(tl.int64)
-    length = tl.load(own + LENGTH) + 1
+    length = tl.load(own + LENGTH)
     prompt = tl.load(own + PROMPT).to(tl.int64)
     behind = tl.load(own + PROMPT_LENGTH)
     done = tl.load(own + DONE)
-    dtype: tl.constexpr = q.dtype.element_ty
+    dtype: tl.constexpr = qkv.dtype.element_ty
     prompt_slots = tl.load(where + 4)
     own_slots = tl.load(where + 5)
     prompt_at = (layer * tl.load(where + 6) + prompt) * KV + kv
@@ -303,19 +291,31 @@ def attend(
     size: tl.constexpr = dtype.primitive_bitwidth // 8
     prompt_offset = prompt_at * prompt_slots * (D * size)
     own_offset = own_at * own_slots * (D * size)
-    prompt_keys = tl.load(where) + prompt_offset
-    prompt_values = tl.load(where + 1) + prompt_offset
-    own_keys = tl.load(where + 2) + own_offset
-    own_values = tl.load(where + 3) + own_offset
+    prompt_keys = (tl.load(where) + prompt_offset).to(tl.pointer_type(dtype))
+    prompt_values = (tl.load(where + 1) + prompt_offset).to(tl.pointer_type(dtype))
+    own_keys = (tl.load(where + 2) + own_offset).to(tl.pointer_type(dtype))
+    own_values = (tl.load(where + 3) + own_offset).to(tl.pointer_type(dtype))
 
     heads = tl.arange(0, PADDED)
     cols = tl.arange(0, D)
     real = heads < REPEAT
     first = (b * KV + kv) * REPEAT
-    query = tl.load(q + (first + heads)[:, None] * D + cols[None, :], real[:, None], 0.0)
+    here = qkv + b * stride
+    position = behind + length
+    query = turned(here + kv * (REPEAT * D), real, q_norm, inv_freq, position, eps, scaling, NORM, PADDED, D)
     top = tl.full([PADDED], float("-inf"), tl.float32)
     total = tl.zeros([PADDED], tl.float32)
     found = tl.zeros([PADDED, D], tl.float32)
+    if (split == 0) & (done == 0):
+        here += (KV * REPEAT + kv) * D
+        only = tl.full([1], 1, tl.int1)
+        new = turned(here, only, k_norm, inv_freq, position, eps, scaling, NORM, 1, D)
+        value = tl.load(here + KV * D + cols)
+        tl.store(tl.multiple_of(own_keys, 16) + length * D + cols[None, :], new)
+        tl.store(tl.multiple_of(own_values, 16) + length * D + cols, value)
+        top = tl.sum(query.to(tl.float32) * new.to(tl.float32), 1) * scale
+        total += 1.0
+        found += value.to(tl.float32)[None, :]
     prompt_blocks = tl.cdiv(behind, BLOCK)
     blocks = prompt_blocks + tl.cdiv(length, BLOCK)
     blocks = tl.where(done == 0, blocks, 0)
@@ -326,13 +326,13 @@ def attend(
         in_prompt = j < prompt_blocks
         at = tl.where(in_prompt, j, j - prompt_blocks) * BLOCK + tl.arange(0, BLOCK)
         end = tl.where(in_prompt, behind, length)
-        here = at < end
-        keys_at = tl.where(in_prompt, prompt_keys, own_keys).to(tl.pointer_type(dtype))
-        values_at = tl.where(in_prompt, prompt_values, own_values).to(tl.pointer_type(dtype))
-        key = tl.load(keys_at + at[None, :] * D + cols[:, None], here[None, :], 0.0)
-        value = tl.load(values_at + at[:, None] * D + cols[None, :], here[:, None], 0.0)
-        position = at + tl.where(in_prompt, 0, behind)
-        seen = here & (position > behind + length - 1 - window)
+        there = at < end
+        # 16 bytes are loaded at once, and ahead: the compiler cannot know how an address from a table is aligned
+        keys_at = tl.multiple_of(tl.where(in_prompt, prompt_keys, own_keys), 16)
+        values_at = tl.multiple_of(tl.where(in_prompt, prompt_values, own_values), 16)
+        key = tl.load(keys_at + at[None, :] * D + cols[:, None], there[None, :], 0.0)
+        values = tl.load(values_at + at[:, None] * D + cols[None, :], there[:, None], 0.0)
+        seen = there & (at + tl.where(in_prompt, 0, behind) > position - window)
         score = tl.dot(query, key, input_precision="ieee") * scale
         score = tl.where(seen[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
@@ -340,7 +340,7 @@ def attend(
         power = tl.exp(score - safe[:, None])
         decay = tl.exp(top - safe)
         total = total * decay + tl.sum(power, 1)
-        found = found * decay[:, None] + tl.dot(power.to(dtype), value, input_precision="ieee")
+        found = found * decay[:, None] + tl.dot(power.to(dtype), values, input_precision="ieee")
         top = higher
     some = tl.where(total == 0, 1.0, total)
     found = found / some[:, None]

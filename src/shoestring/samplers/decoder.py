@@ -163,6 +163,15 @@ class Product:
         found = torch.cat(several, -1) if len(several) > 1 else several[0]
         return found.addmm_(self.inner(x), self.up.T) if self._tail else found
 
+    def add_to(self, x: Tensor, y: Tensor) -> None:
+        """x += the product of y, of a decode step's few rows."""
+        if self.weight is None or self.bias is not None:
+            x.add_(self(y))
+            return
+        x.addmm_(y, self.weight.T)
+        if self._tail:
+            x.addmm_(self.inner(y), self.up.T)
+
     def run(self, x: Tensor, *, adapted: bool = True) -> tuple[Tensor, Tensor | None]:
         """The product, and what A gave, [B, tail], if there is an adapter; without it on request."""
         found = self._unpacked(x) if self.weight is None else F.linear(x, self.weight, self.bias)
@@ -389,17 +398,14 @@ class Decoder:
         do, eps = self.operations, self.eps
         do.begin(rows, table, self.heads)
         x = F.embedding(table.info[rows, -1].long(), self.embedding)
-        normed = do.norm(x, self.layers[0].first_norm, eps)
         for index, layer in enumerate(self.layers):
             if index == trunk_layer:
                 do.keep(x, rows, table)
-            q = do.place(do.linear(normed, layer.qkv), rows, table, index, self.heads, layer.head_norms)
-            found = do.linear(do.attend(q, rows, table, index, self.heads, layer.window), layer.out)
-            normed = do.add_norm(x, found, layer.second_norm, eps)
-            found = do.linear(do.gated(normed, layer.gate_up), layer.down)
-            following = self.layers[index + 1].first_norm if index + 1 < len(self.layers) else self.last_norm
-            normed = do.add_norm(x, found, following, eps)
-        return normed
+            qkv = do.normed_linear(x, layer.first_norm, eps, layer.qkv)
+            found = do.attend(qkv, rows, table, index, self.heads, layer.head_norms, layer.window)
+            do.add_linear(x, found, layer.out)
+            do.add_linear(x, do.normed_gated(x, layer.second_norm, eps, layer.gate_up), layer.down)
+        return do.norm(x, self.last_norm, eps)
 
 
 def _window(config: Any, layer: int) -> int | None:

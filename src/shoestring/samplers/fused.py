@@ -15,6 +15,8 @@ from shoestring.types import Paths
 
 # Logits that one program of the draw looks at.
 _DRAW_BLOCK = 4096
+# Blocks of tokens that a part of attention has at least.
+_LEAST_BLOCKS = 4
 # Products with LoRA are one kernel up to so many rows, and up to sizes that differ for few rows and for more: where it
 # proved faster than three of cuBLAS, on an H100 with ranks of 16.
 _FEW_ROWS, _MOST_ROWS, _MOST_RANKS = 64, 512, 64
@@ -47,6 +49,23 @@ class Fused:
         """How many steps of `size` bytes a kernel can load ahead, with a fifth of shared memory left for the rest."""
         return max(min(self._shared * 4 // 5 // size, most), 1)
 
+    def blocks(self, rows: int, outs: int, ranks: int, itemsize: int, *, gated: bool) -> tuple[int, int, int, int]:
+        """Rows, columns and terms that a program of `product` takes at once, and how many such steps it loads ahead.
+        Steps are shorter where there is too little shared memory for two."""
+        block_m = min(max(_power(rows), 16), 64)
+        block_n, block_k, ahead = _blocks(rows, outs, itemsize)
+        a_term = (block_m + block_n * (1 + gated) + ranks) * itemsize
+        while block_k > 32 and self.stages(a_term * block_k, ahead) < 2:
+            block_k //= 2
+        return block_m, block_n, block_k, self.stages(a_term * block_k, ahead)
+
+    def block(self, size: int, itemsize: int) -> tuple[int, int]:
+        """Tokens that a program of `attend` takes at once, by the size of heads, and how many steps it loads ahead."""
+        block, ahead = (64, 3) if itemsize == 2 else (32, 2)
+        while block > 16 and self.stages(2 * block * size * itemsize, ahead) < 2:
+            block //= 2
+        return block, self.stages(2 * block * size * itemsize, ahead)
+
     def begin(self, rows: Tensor, table: Table, heads: Heads) -> None:
         """Kernels read what they need from the table."""
 
@@ -75,69 +94,95 @@ class Fused:
         )
         return out
 
-    def place(
-        self, qkv: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, norms: tuple[Tensor, Tensor] | None
+    def attend(
+        self,
+        qkv: Tensor,
+        rows: Tensor,
+        table: Table,
+        layer: int,
+        heads: Heads,
+        norms: tuple[Tensor, Tensor] | None,
+        window: int | None,
     ) -> Tensor:
-        q = qkv.new_empty(len(qkv), heads.heads, heads.head_dim)
-        first, second = norms if norms is not None else (heads.inv_freq, heads.inv_freq)
-        kernels().place[(len(qkv), heads.heads + 2 * heads.kv_heads)](
-            qkv, q, table.info, rows, table.where, heads.inv_freq, first, second, layer, qkv.stride(0), heads.eps,
-            heads.scaling, HEADS=heads.heads, KV=heads.kv_heads, D=heads.head_dim, NORM=norms is not None, num_warps=1,
-        )  # fmt: skip
-        return q
-
-    def attend(self, q: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, window: int | None) -> Tensor:
-        count, d = len(q), heads.head_dim
-        block = 64 if q.element_size() == 2 else 32
+        count, d = len(qkv), heads.head_dim
+        block, stages = self.block(d, qkv.element_size())
         splits = self._splits(count * heads.kv_heads, table, block)
-        out = q.new_empty(count, heads.heads * d)
-        part = q.new_empty((count, heads.heads, splits, d), dtype=torch.float32) if splits > 1 else out
-        mass = q.new_empty((count, heads.heads, splits), dtype=torch.float32) if splits > 1 else out
+        out = qkv.new_empty(count, heads.heads * d)
+        part = qkv.new_empty((count, heads.heads, splits, d), dtype=torch.float32) if splits > 1 else out
+        mass = qkv.new_empty((count, heads.heads, splits), dtype=torch.float32) if splits > 1 else out
         repeat = heads.heads // heads.kv_heads
+        first, second = norms if norms is not None else (heads.inv_freq, heads.inv_freq)
         kernels().attend[(count, heads.kv_heads, splits)](
-            q, part, mass, table.info, rows, table.where, layer, d**-0.5, 2**30 if window is None else window,
-            KV=heads.kv_heads, REPEAT=repeat, PADDED=max(_power(repeat), 16), D=d, BLOCK=block, SPLITS=splits,
-            num_warps=4, num_stages=self.stages(2 * block * d * q.element_size(), 3 if q.element_size() == 2 else 2),
+            qkv, part, mass, table.info, rows, table.where, heads.inv_freq, first, second, layer, qkv.stride(0),
+            d**-0.5, 2**30 if window is None else window, heads.eps, heads.scaling, KV=heads.kv_heads, REPEAT=repeat,
+            PADDED=max(_power(repeat), 16), D=d, BLOCK=block, SPLITS=splits, NORM=norms is not None, num_warps=4,
+            num_stages=stages,
         )  # fmt: skip
         if splits > 1:
             kernels().combine[(count, heads.heads)](part, mass, out, D=d, SPLITS=splits, PADDED=_power(splits))
         return out
 
     def _splits(self, programs: int, table: Table, block: int) -> int:
-        """Parts of each row's tokens, by the longest that it can get."""
-        longest = table.tokens.shape[1] // block + 2
-        return max(min(self._programs // max(programs, 1), longest, 16), 1)
+        """Parts of each row's tokens, by the most that the cache has room for: enough to keep the card busy, none so
+        small that putting them together costs more."""
+        assert table.keys is not None
+        most = table.keys.prompt.shape[4] + table.keys.own.shape[4]
+        return max(min(self._programs // max(programs, 1), most // (_LEAST_BLOCKS * block), 16), 1)
 
-    def linear(self, x: Tensor, product: Product) -> Tensor:
-        return self._product(x, product) if self.one_kernel(x, product) else product(x)
+    def normed_linear(self, x: Tensor, norm: Tensor, eps: float, product: Product) -> Tensor:
+        if not self.one_kernel(x, product):
+            return product(self.norm(x, norm, eps))
+        out = x.new_empty(len(x), product.up.shape[0])
+        self._product(*self._normed(x, norm, eps), eps, product, out)
+        return out
 
-    def gated(self, x: Tensor, product: Product) -> Tensor:
-        return self._product(x, product, gated=True) if self.one_kernel(x, product) else self.swiglu(product(x))
+    def normed_gated(self, x: Tensor, norm: Tensor, eps: float, product: Product) -> Tensor:
+        if not self.one_kernel(x, product):
+            return self.swiglu(product(self.norm(x, norm, eps)))
+        out = x.new_empty(len(x), product.up.shape[0] // 2)
+        self._product(*self._normed(x, norm, eps), eps, product, out, gated=True)
+        return out
+
+    def add_linear(self, x: Tensor, y: Tensor, product: Product) -> None:
+        if self.one_kernel(y, product):
+            self._product(y, None, 0.0, product, x, add=True)
+        else:
+            product.add_to(x, y)
+
+    def _normed(self, x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+        """What a product's kernel is given: it norms by itself, but for fp16, which may not hold what it sums up."""
+        return (self.norm(x, norm, eps), None) if x.dtype == torch.float16 else (x, norm)
 
     def one_kernel(self, x: Tensor, product: Product) -> bool:
-        """Whether base product, A and B are better one kernel than three: beside a large weight or for a long sum,
-        cuBLAS is faster."""
+        """Whether base product, A and B, and a norm before them, are better one kernel than several: beside a large
+        weight or for a long sum, or without an A, cuBLAS is faster."""
         if product.weight is None or not 0 < len(product.down) <= _MOST_RANKS:
             return False
         (outs, inputs), most = product.weight.shape, _LARGEST[len(x) > _FEW_ROWS]
         return len(x) <= _MOST_ROWS and outs * inputs <= most.weights and inputs <= most.inputs
 
-    def _product(self, x: Tensor, product: Product, *, gated: bool = False) -> Tensor:
+    def _product(
+        self,
+        x: Tensor,
+        norm: Tensor | None,
+        eps: float,
+        product: Product,
+        out: Tensor,
+        *,
+        gated: bool = False,
+        add: bool = False,
+    ) -> None:
         weight, down, bias = product.weight, product.down, product.bias
         assert weight is not None
-        (outs, inputs), rows = weight.shape, len(x)
-        outs = outs // 2 if gated else outs
-        out = x.new_empty(rows, outs)
-        block_m = min(max(_power(rows), 16), 64)
-        block_n, block_k, ahead = _blocks(rows, outs, x.element_size())
+        (rows, outs), inputs = out.shape, weight.shape[1]
         ranks = max(_power(len(down)), 16)
-        size = (block_m + block_n * (1 + gated) + ranks) * block_k * x.element_size()
+        block_m, block_n, block_k, stages = self.blocks(rows, outs, ranks, x.element_size(), gated=gated)
         kernels().product[(-(-outs // block_n), -(-rows // block_m))](
-            x, weight, bias if bias is not None else weight, down, product.up, out, rows, outs, inputs, len(down),
-            x.stride(0), BIAS=bias is not None, RANK=ranks, GATED=gated,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4, num_stages=self.stages(size, ahead),
+            x, norm if norm is not None else weight, weight, bias if bias is not None else weight, down, product.up,
+            out, rows, outs, inputs, len(down), x.stride(0), eps, NORM=norm is not None, BIAS=bias is not None,
+            RANK=ranks, GATED=gated, ADD=add, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4,
+            num_stages=stages,
         )  # fmt: skip
-        return out
 
     def norm_back(
         self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor, *, again: bool = False
@@ -282,7 +327,7 @@ def _blocks(rows: int, outs: int, itemsize: int) -> tuple[int, int, int]:
     if itemsize == 4:
         return 32, 32, 2
     if rows > _FEW_ROWS:
-        return 32, 128, 3
+        return 32, 64, 4
     return (16, 128, 4) if outs <= 16 * 160 else (64, 64, 4)
 
 

@@ -113,6 +113,10 @@ class Product(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
+    def add_to(self, x: Tensor, y: Tensor) -> None:
+        """x += the product of y."""
+        ...
+
 
 class Operations(Protocol):
     """The two of them."""
@@ -134,23 +138,31 @@ class Operations(Protocol):
         """x += y, and the norm of that. [B, H] each; `y` may be a view with longer rows."""
         ...
 
-    def place(
-        self, qkv: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, norms: tuple[Tensor, Tensor] | None
+    def attend(
+        self,
+        qkv: Tensor,
+        rows: Tensor,
+        table: Table,
+        layer: int,
+        heads: Heads,
+        norms: tuple[Tensor, Tensor] | None,
+        window: int | None,
     ) -> Tensor:
-        """Normed (if `norms` of q and k are given) and rotated queries, [B, heads, D], from [B, (heads + 2 kv) D]; keys
-        and values go to the cache."""
+        """Attention of each row's newest token, [B, (heads + 2 kv) D], over its prompt, its own tokens and itself:
+        [B, heads D]. Queries and keys are normed (if `norms` of both are given) and rotated; key and value go to the
+        cache."""
         ...
 
-    def attend(self, q: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, window: int | None) -> Tensor:
-        """Attention of each row's query over its prompt and its own tokens: [B, heads D]."""
+    def normed_linear(self, x: Tensor, norm: Tensor, eps: float, product: Product) -> Tensor:
+        """The product of the norm of [B, inputs], with its adapter: [B, outs]."""
         ...
 
-    def linear(self, x: Tensor, product: Product) -> Tensor:
-        """The product of [B, inputs], with its adapter: [B, outs]."""
+    def normed_gated(self, x: Tensor, norm: Tensor, eps: float, product: Product) -> Tensor:
+        """`swiglu` of the same of gate and up: [B, I] of [B, H]."""
         ...
 
-    def gated(self, x: Tensor, product: Product) -> Tensor:
-        """`swiglu` of the product of gate and up: [B, I] of [B, H]."""
+    def add_linear(self, x: Tensor, y: Tensor, product: Product) -> None:
+        """x += the product of y, with its adapter: [B, outs] and [B, inputs]."""
         ...
 
     def norm_back(

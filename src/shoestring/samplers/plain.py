@@ -75,38 +75,50 @@ class Plain:
     def add_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self.norm(x.add_(y), weight, eps)
 
-    def place(
-        self, qkv: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, norms: tuple[Tensor, Tensor] | None
+    def attend(
+        self,
+        qkv: Tensor,
+        rows: Tensor,
+        table: Table,
+        layer: int,
+        heads: Heads,
+        norms: tuple[Tensor, Tensor] | None,
+        window: int | None,
     ) -> Tensor:
         assert table.keys is not None
+        step, own = self._step or _Step(rows, table, heads), table.keys.own[:, layer]
+        q = self._placed(qkv, step, own, heads, norms)
+        keys, values = step.read(own)
+        asked = q.reshape(len(keys), -1, heads.head_dim)
+        scores = torch.baddbmm(step.unseen(window), asked, keys.transpose(1, 2), alpha=heads.head_dim**-0.5)
+        weights = scores.softmax(-1, dtype=_wide_dtype(q)).to(q.dtype)
+        return (weights @ values).view(len(q), -1)
+
+    def _placed(
+        self, qkv: Tensor, step: _Step, own: Tensor, heads: Heads, norms: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """The queries, [B, heads, D]; keys and values go to their places."""
         count, size = heads.heads, heads.head_dim
         qk, v = qkv.unflatten(-1, (-1, size)).split([count + heads.kv_heads, heads.kv_heads], 1)
         if norms is not None:
             qk = torch.cat(
                 [self.norm(qk[:, :count], norms[0], heads.eps), self.norm(qk[:, count:], norms[1], heads.eps)], 1
             )
-        step = self._step or _Step(rows, table, heads)
         turned = _rotated(qk, step.cos, step.sin)
         both, places = torch.stack([turned[:, count:], v]).flatten(1, 2), step.places
         if step.going is not None:
             both, places = both[:, step.going], places[step.going]
-        table.keys.own[:, layer].view(2, -1, size).index_copy_(1, places, both)
+        own.view(2, -1, size).index_copy_(1, places, both)
         return turned[:, :count]
 
-    def attend(self, q: Tensor, rows: Tensor, table: Table, layer: int, heads: Heads, window: int | None) -> Tensor:
-        assert table.keys is not None
-        step = self._step or _Step(rows, table, heads)
-        keys, values = step.read(table.keys.own[:, layer])
-        asked = q.reshape(len(keys), -1, heads.head_dim)
-        scores = torch.baddbmm(step.unseen(window), asked, keys.transpose(1, 2), alpha=heads.head_dim**-0.5)
-        weights = scores.softmax(-1, dtype=_wide_dtype(q)).to(q.dtype)
-        return (weights @ values).view(len(q), -1)
+    def normed_linear(self, x: Tensor, norm: Tensor, eps: float, product: Product) -> Tensor:
+        return product(self.norm(x, norm, eps))
 
-    def linear(self, x: Tensor, product: Product) -> Tensor:
-        return product(x)
+    def normed_gated(self, x: Tensor, norm: Tensor, eps: float, product: Product) -> Tensor:
+        return self.swiglu(self.normed_linear(x, norm, eps, product))
 
-    def gated(self, x: Tensor, product: Product) -> Tensor:
-        return self.swiglu(product(x))
+    def add_linear(self, x: Tensor, y: Tensor, product: Product) -> None:
+        x.add_(product(y))
 
     def norm_back(
         self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor, *, again: bool = False
