@@ -123,25 +123,6 @@ def svamp_short() -> str:
     return table(headings, rows) + f"\n{where(found)}.\n"
 
 
-def rates(name: str) -> str:
-    """The rates of bench/tuned.sh alone."""
-    found = result(f"{name}-lr")
-    tried = sorted({r["lr"] for r in found["rows"]})
-    rows = []
-    for method in dict.fromkeys(r["method"] for r in found["rows"]):
-        runs = [r for r in found["rows"] if r["method"] == method]
-        found_at = {r["lr"]: f"{r['accuracy']:.1%} ({r['low']:.1%} to {r['high']:.1%})" for r in runs}
-        each = [found_at.get(rate, "not yet") for rate in tried]
-        curves = [" ".join(f"{100 * value:.0f}" for value in r["curve"].values()) for r in runs]
-        rows.append([f"`{method}`", *each, "; ".join(curves)])
-    note = (
-        f"\nGreedy accuracy on {found['rows'][0]['problems']} held-back problems (Wilson), from "
-        f"{found['rows'][0]['base_accuracy']:.1%}; the curves, in per cent, on {found['rows'][0]['curve_problems']} of "
-        f"them. {where(found)}.\n"
-    )
-    return table(["method", *[f"{rate:g}" for rate in tried], "each rate's curve"], rows) + note
-
-
 def svamp_warmer() -> str:
     """T-SPMO at temperature 1."""
     found = result("svamp-smollm2-t-spmo")
@@ -451,7 +432,6 @@ TABLES = {
     "ablations": ablations,
     "multiply-embedded-breadth": breadth,
     "multiply-embedded": multiply_embedded,
-    "multiply-2x2-rates": lambda: rates("multiply-2x2-smollm2"),
     **{f"multiply-{name}": partial(tuned, f"multiply-{name}") for name in ("embedded-hard", "embedded-harder")},
     **{f"multiply-{name}": partial(tuned, f"multiply-{name}") for name in ("2x2-smollm2", "3x3-smollm2")},
 }
