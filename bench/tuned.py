@@ -1,9 +1,12 @@
 """Makes the result files of a model on a task of what bench/tuned.sh left under runs/; rows of other runs stay.
 
 python bench/tuned.py NAME                          the result files
-python bench/tuned.py NAME rates|seeds METHOD       what the files lack
+python bench/tuned.py NAME rates METHOD             the rates that its file lacks
+python bench/tuned.py NAME seeds METHOD SEEDS       which of these it lacks at the best rate
 python bench/tuned.py NAME best METHOD              the learning rate that did best
 python bench/tuned.py NAME runs METHOD              the folders of the final runs
+
+NAME-longer: its runs of more steps.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 from sweeps import METHODS, ROOT, best_rate, read, row, write
 
 RUNS, RESULTS = ROOT / "runs", ROOT / "bench" / "results"
-RATES, SEEDS = (1e-4, 3e-4, 1e-3), (0, 1, 2)
+RATES = (1e-4, 3e-4, 1e-3)
 MORE_RATES = {"multiply-embedded-hard": (3e-3,)}
 PASSES = ("accuracy", "pass_at_k", "pass_at_k_interval", "samples", "truncated")
 GREEDY = ("accuracy", "low", "high", "problems")
@@ -27,17 +30,20 @@ def rows(name: str) -> list[dict[str, Any]]:
     return read(path)["rows"] if path.is_file() else []
 
 
-def missing(name: str, what: str, method: str) -> str:
-    if what == "rates":
-        done = {r["lr"] for r in rows(f"{name}-lr") if r["method"] == method}
-        return ",".join(f"{rate:g}" for rate in (*RATES, *MORE_RATES.get(name, ())) if rate not in done)
+def missing_rates(name: str, method: str) -> str:
+    done = {r["lr"] for r in rows(f"{name}-lr") if r["method"] == method}
+    return ",".join(f"{rate:g}" for rate in (*RATES, *MORE_RATES.get(name, ())) if rate not in done)
+
+
+def missing_seeds(name: str, method: str, wanted: str) -> str:
     rate = best(name, method)
     done = {r["seed"] for r in rows(name) if r["method"] == method and r["lr"] == rate}
-    return ",".join(str(seed) for seed in SEEDS if seed not in done)
+    return ",".join(seed for seed in wanted.split(",") if int(seed) not in done)
 
 
 def best(name: str, method: str) -> float:
-    return best_rate((r["accuracy"], r["lr"]) for r in rows(f"{name}-lr") if r["method"] == method)
+    tried = rows(f"{name.removesuffix('-longer')}-lr")
+    return best_rate((r["accuracy"], r["lr"]) for r in tried if r["method"] == method)
 
 
 def passes(path: Path) -> dict[str, Any]:
@@ -84,11 +90,7 @@ def main(name: str) -> None:
     }
     kept = {key: before[key] for key in base if key in before}
     collect(name, name, "sweep.json", "test", **base | kept if not any(base.values()) else base)
-    longer = RUNS / f"{name}-longer"
-    if (longer / "sweep.json").is_file():
-        sweep = read(longer / "sweep.json")
-        more = {"at_temperature_1": passes(longer / "seed-0" / "passes.json")}
-        write(f"{name}-longer", sweep, [row(figures) | more for figures in sweep["rows"]])
+    collect(f"{name}-longer", f"{name}-longer", "sweep.json", "test")
 
 
 if __name__ == "__main__":
@@ -101,5 +103,7 @@ if __name__ == "__main__":
             path = RUNS / f"{name}-{method}" / "sweep.json"
             found = read(path)["rows"] if path.is_file() else []
             print(*(figures["run"] for figures in found if figures["split"] == "test"))
-        case [name, what, method]:
-            print(missing(name, what, method))
+        case [name, "rates", method]:
+            print(missing_rates(name, method))
+        case [name, "seeds", method, wanted]:
+            print(missing_seeds(name, method, wanted))

@@ -6,18 +6,21 @@
 # multiply-embedded-harder (a CPU).
 # Stages in order: sft rates seeds passes elsewhere; default: all. Methods (METHODS, all three where nothing is said) run
 # beside each other, each with AT_ONCE runs or evaluations at a time, so a run's seconds are not those it takes alone.
-# Stage longer, by itself: GRPO with fifteen times the completions, one seed.
+# Stage longer, on request: at the same rate, three times the steps (and twice the completions, or more kinds of problems).
 set -euo pipefail
 shoestring=(python3 -m shoestring)
 name=$1
 start=runs/$name-sft trained=()
 
-# The recipes' name, what the warm start and all else take, what training takes besides, how pass@k is judged, and what else
-# greedily: a name and how.
+# The recipes' name, what the warm start and all else take, what training takes besides, how pass@k is judged, what else
+# greedily (a name and how), and what changes in longer runs, of which methods and seeds.
+longer=(steps=300 eval_every=50 sampling.num_completions=32) longer_methods=(grpo) longer_seeds=0
 case $name in
   svamp-smollm2)
     recipe=$name sft=(recipes/smollm2-sft.toml) settings=()
-    judged=(--task svamp --max-new-tokens 96 --k 1,4,16,64) elsewhere=('gsm8k --task gsm8k --max-new-tokens 256') ;;
+    judged=(--task svamp --max-new-tokens 96 --k 1,4,16,64) elsewhere=('gsm8k --task gsm8k --max-new-tokens 256')
+    longer=(steps=300 'task={name="mixture",of=[{name="svamp",validation=100},"word-problems"],num=[600,6000]}')
+    longer_methods=(grpo s-grpo t-spmo) longer_seeds=0,1,2 ;;
   multiply-2x2-smollm2) sft=(recipes/multiply-smollm2-sft.toml) settings=('task.digits=[2,2]') others=(1,3 2,3 3,3) ;;&
   multiply-3x3-smollm2)
     sft=(recipes/multiply-smollm2-sft.toml num=6400) settings=('task.digits=[3,3]') others=(2,2 2,3 3,2) ;;&
@@ -59,16 +62,20 @@ rates() {
 # Three seeds at that rate, by the test problems. Both lie in one folder, so seed 0 is trained once.
 seeds() {
   local missing rate
-  missing=$(python3 bench/tuned.py "$name" seeds "$1")
+  missing=$(python3 bench/tuned.py "$name" seeds "$1" 0,1,2)
   rate=$(python3 bench/tuned.py "$name" best "$1")
   [ -z "$missing" ] || swept "$1" --over "optim.lr=$rate" --seeds "$missing" --split test
 }
 
-# More of the same, in larger groups.
+# More of the same.
 longer() {
-  swept grpo "optim.lr=$(python3 bench/tuned.py "$name" best grpo)" steps=300 eval_every=50 sampling.num_completions=32 \
-    --seeds 0 --split test --out "runs/$name-longer"
-  pass "runs/$name-longer/seed-0" "runs/$name-longer/seed-0/"
+  local rate missing
+  [[ " ${longer_methods[*]} " == *" $1 "* ]] || return 0
+  rate=$(python3 bench/tuned.py "$name" best "$1")
+  missing=$(python3 bench/tuned.py "$name-longer" seeds "$1" "$longer_seeds")
+  [ -n "$missing" ] || return 0
+  swept "$1" "optim.lr=$rate" "${longer[@]}" --seeds "$missing" --split test --out "runs/$name-longer-$1"
+  for what in pass judge_elsewhere; do of_models $what "$1" "$name-longer"; done
 }
 
 # pass@k at temperature 1 of a method's final runs, or of the warm start.
@@ -85,11 +92,11 @@ judge_elsewhere() {
   done
 }
 
-# A job, given each model and how its files begin.
+# A job, given each model of a method (or of its longer runs) and how its files begin.
 of_models() {
   [ "$2" = base ] && { "$1" "$start/model" "runs/$name-base-"; return; }
   local runs begun=()
-  runs=$(python3 bench/tuned.py "$name" runs "$2")
+  runs=$(python3 bench/tuned.py "${3:-$name}" runs "$2")
   for run in $runs; do
     while (($(jobs -rp | wc -l) >= ${AT_ONCE:-1})); do sleep 0.2; done
     "$1" "$run" "$run/" & begun+=($!)
@@ -114,7 +121,7 @@ mkdir -p runs
 [ $# -gt 0 ] || set -- sft rates seeds passes elsewhere
 later=() begun=() failed=0
 for stage in "$@"; do
-  case $stage in sft | longer) "$stage" ;; *) later+=("$stage") ;; esac
+  case $stage in sft) sft ;; *) later+=("$stage") ;; esac
 done
 stages_of() {
   for stage in "${later[@]}"; do
