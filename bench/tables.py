@@ -78,8 +78,9 @@ def tuned(name: str) -> str:
     kinds = {f"`{r['method']}`": r["method"] for r in found["rows"]}
     runs_of = {label: [r for r in found["rows"] if r["method"] == method] for label, method in kinds.items()}
     if (RESULTS / f"{name}-longer.json").is_file():
-        longer = result(f"{name}-longer")["rows"]
-        runs_of |= {f"`{r['method']}`, {_size(r)}": [s for s in longer if s["method"] == r["method"]] for r in longer}
+        for r in result(f"{name}-longer")["rows"]:
+            more = "" if r["task"] == base["task"] else f", {r['task']}"
+            runs_of.setdefault(f"`{r['method']}`, {_size(r)}{more}", []).append(r)
     for label, runs in runs_of.items():
         chosen, accuracy, each, *cost = _over_seeds(runs)
         gains = "; ".join(

@@ -6,7 +6,7 @@
 # multiply-embedded-harder (a CPU).
 # Stages in order: sft rates seeds passes elsewhere; default: all. Methods (METHODS, all three where nothing is said) run
 # beside each other, each with AT_ONCE runs or evaluations at a time, so a run's seconds are not those it takes alone.
-# Stage longer, on request: at the same rate, three times the steps (and twice the completions, or more kinds of problems).
+# Stage longer, on request: 300 steps at the same rate, with 32 completions of a prompt or more kinds of problems.
 set -euo pipefail
 shoestring=(python3 -m shoestring)
 name=$1
@@ -73,8 +73,7 @@ longer() {
   [[ " ${longer_methods[*]} " == *" $1 "* ]] || return 0
   rate=$(python3 bench/tuned.py "$name" best "$1")
   missing=$(python3 bench/tuned.py "$name-longer" seeds "$1" "$longer_seeds")
-  [ -n "$missing" ] || return 0
-  swept "$1" "optim.lr=$rate" "${longer[@]}" --seeds "$missing" --split test --out "runs/$name-longer-$1"
+  [ -z "$missing" ] || swept "$1" "optim.lr=$rate" "${longer[@]}" --seeds "$missing" --split test --out "runs/$name-longer-$1"
   for what in pass judge_elsewhere; do of_models $what "$1" "$name-longer"; done
 }
 

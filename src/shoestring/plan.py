@@ -30,8 +30,8 @@ _ENOUGH_TOKENS = 2_048
 _LAUNCHED = 1.5e11
 _MOST_TOKENS = 16_384
 _ERROR = 2**24
-# What is not missed: training may take so much even where sampling needs less. On a host it is so many bytes beside the
-# weights, on a GPU this share of the card.
+# What is not missed: without a budget training may take so much even where sampling needs less. On a host it is so many
+# bytes beside the weights, on a GPU this share of the card.
 _HOST_FLOOR, _CARD_FLOOR = 128 * 2**20, 0.025
 # Prompt tokens where neither the setting nor the data tells.
 _ASSUMED_PROMPT = 256
@@ -114,8 +114,9 @@ def predict(
     """The plan of a config (or a nested mapping, a recipe's path, None for the embedded default).
 
     `prompt_tokens` is the longest prompt (default: the setting, the data, or an assumption that the notes tell). `room`
-    are the bytes that can be had where no budget is set, `total` those of the card or machine that a share refers to
-    (default: those found here). Raises `ConfigError` for a model whose shape is not known.
+    are the bytes that can be had where no budget is set, `total` those of the card or machine that a share refers to,
+    and without a budget what training may take of it (default: those found here). Raises `ConfigError` for a model
+    whose shape is not known.
     """
     if not isinstance(config, RunConfig):
         config = configs.settle(dict(config)) if isinstance(config, Mapping) else configs.load(config)
@@ -257,8 +258,8 @@ def _train_peak(work: Work, sizes: Sizes) -> int:
 
 
 def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None, floor: int) -> Sizes:
-    """As few waves as fit, and micro-batches that take no more than sampling or the floor, whichever is more; yet more,
-    up to the budget, only where they would be too small to keep a card busy."""
+    """As few waves as fit, and micro-batches that take no more than sampling or, without a budget, the floor, whichever
+    is more; yet more, up to the budget, only where they would be too small to keep a card busy."""
     most = room
     if budget is not None:
         most = budget - margin(work, budget)

@@ -245,7 +245,7 @@ def spread_back(
 
 
 @triton.jit
-def turned(source, real, gain, inv_freq, position, eps, scaling, NORM: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+def rotated(source, real, gain, inv_freq, position, eps, scaling, NORM: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
     """Heads of D numbers that lie one behind the other, N of them, normed and rotated, [N, D] as they are stored."""
     half: tl.constexpr = D // 2
     cols = tl.arange(0, D)
@@ -302,14 +302,14 @@ def attend(
     first = (b * KV + kv) * REPEAT
     here = qkv + b * stride
     position = behind + length
-    query = turned(here + kv * (REPEAT * D), real, q_norm, inv_freq, position, eps, scaling, NORM, PADDED, D)
+    query = rotated(here + kv * (REPEAT * D), real, q_norm, inv_freq, position, eps, scaling, NORM, PADDED, D)
     top = tl.full([PADDED], float("-inf"), tl.float32)
     total = tl.zeros([PADDED], tl.float32)
     found = tl.zeros([PADDED, D], tl.float32)
     if (split == 0) & (done == 0):
         here += (KV * REPEAT + kv) * D
         only = tl.full([1], 1, tl.int1)
-        new = turned(here, only, k_norm, inv_freq, position, eps, scaling, NORM, 1, D)
+        new = rotated(here, only, k_norm, inv_freq, position, eps, scaling, NORM, 1, D)
         value = tl.load(here + KV * D + cols)
         tl.store(tl.multiple_of(own_keys, 16) + length * D + cols[None, :], new)
         tl.store(tl.multiple_of(own_values, 16) + length * D + cols, value)

@@ -1,4 +1,4 @@
-"""What one decode step does between its matrix products: norms, rotary embedding, cache, attention, draw.
+"""What one decode step does: norms and products, rotary embedding, cache, attention, draw.
 
 Each operation stands twice, with the signature that it has here: in `plain`, in torch, which runs anywhere and is the
 reference, and in `fused`, in Triton for CUDA. Letters: B rows of the batch, H hidden, D head size, V vocabulary.
