@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from shoestring import budgets, checkpoint, pool, profiler, replay, report, runs
-from shoestring.batch import has_signal
 from shoestring.checkpoint import State
 from shoestring.clock import Clock
 from shoestring.config import RunConfig
@@ -22,7 +20,7 @@ from shoestring.errors import NonFiniteError, ShoestringError
 from shoestring.evaluation import EvalSettings, evaluate, first_problems
 from shoestring.memory import capped, give_back
 from shoestring.models import check_quantisation, pick_device
-from shoestring.optim import UpdateReport, build_optimizer, check_optimizer, learning_rate, set_learning_rate
+from shoestring.optim import build_optimizer, check_optimizer, learning_rate, set_learning_rate
 from shoestring.overlap import overlap
 from shoestring.pieces import HalfAStep, train_in_pieces
 from shoestring.plan import Plan
@@ -32,11 +30,12 @@ from shoestring.prompts import FreshPrompts
 from shoestring.report import Reporter
 from shoestring.rewards import RewardFunction, Rewards, Row, Scored, TrainerState
 from shoestring.rollout import Encoded, Rollout, encode, roll_out
-from shoestring.rounds import Round, Sampled, joined, wanted
+from shoestring.rounds import Round, joined, wanted
 from shoestring.samplers.base import Engine
 from shoestring.signals import held_back
+from shoestring.summary import Done, step_report, warnings
 from shoestring.tasks.base import stable_hash
-from shoestring.types import Batch, Group, Problem, Prompt, StepReport
+from shoestring.types import Group, Problem, Prompt, StepReport
 
 # A step whose gradient is not finite is skipped; so many in a row are no accident.
 _MOST_SKIPPED = 3
@@ -231,9 +230,10 @@ def _step(session: Session, state: State) -> None:
     )
     state.step += 1
     session.reporter.samples(step, sampled)
-    done = Done(step, sampled, batches, result)
-    session.reporter.step(_step_report(session, state, done, clock))
-    _warn(session, done)
+    done = Done(step, sampled, batches, result, clock)
+    session.reporter.step(step_report(done, config, state))
+    for warning in warnings(done, config):
+        session.reporter.warn(warning)
     if session.plan is not None and step == session.first_step:
         budgets.compare(session, clock)
 
@@ -344,90 +344,6 @@ def _rows(rollouts: Iterable[Rollout]) -> list[Row]:
 
 def _trainer_state(session: Session, step: int) -> TrainerState:
     return TrainerState(global_step=step, max_steps=session.config.steps)
-
-
-class Done(NamedTuple):
-    """A step, for its report."""
-
-    step: int
-    sampled: Sampled
-    batches: Sequence[Batch]
-    result: UpdateReport
-
-
-def _step_report(session: Session, state: State, done: Done, clock: Clock) -> StepReport:
-    sampled, result = done.sampled, done.result
-    scores = [score for group in sampled.groups for score in group.scores]
-    completions = [completion for group in sampled.groups for completion in group.completions]
-    names = sorted({name for score in scores for name in score.parts})
-    tokens = [sum(len(c.token_ids) for c in group.completions) for group in sampled.groups]
-    return StepReport(
-        step=done.step,
-        reward=_mean([score.value for score in scores]),
-        reward_parts={name: _mean([s.parts[name] for s in scores if name in s.parts]) for name in names}
-        | dict(sampled.scored.metrics),
-        solved=_mean(
-            [float(score.parts.get("solved", score.parts.get("correct", score.value)) >= 1) for score in scores]
-        ),
-        groups=len(sampled.kept),
-        groups_with_signal=sum(has_signal(credit) for credit in sampled.credits),
-        tokens_sampled=sum(tokens),
-        tokens_trained=sum(len(batch.row) for batch in done.batches),
-        tokens_run=sum(batch.input_ids.numel() for batch in done.batches),
-        truncated=sum(c.stop == "length" for c in completions),
-        prompts_truncated=sampled.num_cut,
-        loss=result.loss,
-        grad_norm=result.grad_norm,
-        kl=result.kl,
-        clip_fraction=result.clip_fraction,
-        sampler_gap=result.sampler_gap,
-        lr=learning_rate(done.step, session.config.steps, session.config.optim),
-        applied=result.applied,
-        seconds=clock.seconds,
-        peak_bytes=max(clock.peaks.values(), default=0),
-        peaks=clock.peaks,
-        reserved_bytes=clock.reserved,
-        wave_tokens=state.wave_tokens,
-        micro_batch_tokens=state.pieces.micro_batch_tokens,
-        checkpointing=state.pieces.checkpointing,
-        importance_mean=result.importance_mean,
-        importance_capped=result.importance_capped,
-        groups_dropped=len(sampled.groups) - len(sampled.kept),
-        tokens_dropped=sum(tokens) - sum(tokens[place] for place in sampled.kept),
-        timed_out=len(sampled.scored.timed_out),
-        tokens_per_s=sum(tokens) / clock.seconds["sample"],
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
-def _warn(session: Session, done: Done) -> None:
-    """What a user should not have to find out by reading metrics."""
-    reporter, step, groups, result = session.reporter, done.step, done.sampled.groups, done.result
-    scores = [score.value for group in groups for score in group.scores]
-    cut = [completion.stop == "length" for group in groups for completion in group.completions]
-    if result.culprits:
-        reporter.warn(
-            f"Step {step} was not applied: the loss or gradient of {', '.join(result.culprits)} is not finite "
-            f"(loss {result.loss}, norm {result.grad_norm})."
-        )
-    for problem, count in Counter(done.sampled.scored.timed_out).items():
-        reporter.warn(
-            f"Step {step}: {count} of problem {problem}'s completions took longer than rewards.timeout "
-            f"({session.config.rewards.timeout:g} s) to score and {'counts' if count == 1 else 'count'} 0."
-        )
-    if step == 0 and not any(scores):
-        reporter.warn(
-            f"WARNING: all {len(scores)} completions of the first step scored 0, so nothing could be learnt "
-            "from it. Look at samples.jsonl: is the answer there, and does the scorer find it? A model too weak to "
-            "earn any reward needs a warm start (shoestring sft) or easier problems."
-        )
-    if step == 0 and sum(cut) > 0.5 * len(cut):
-        reporter.warn(
-            f"WARNING: {sum(cut)} of {len(cut)} completions of the first step were cut off at sampling.max_new_tokens."
-        )
 
 
 def _evaluate(session: Session, state: State) -> None:
