@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from shoestring import ConfigError, DataError, train
 from shoestring import checkpoint as checkpoints
+from shoestring.checkpoint import prune
 from shoestring.errors import NonFiniteError
 from shoestring.loop import order
 from shoestring.policy import Policy
@@ -153,6 +154,34 @@ def test_micro_batches_change_a_run_by_rounding_only() -> None:
     one, many = metrics("one")[0], metrics("many")[0]
     assert one["grad_norm"] == pytest.approx(many["grad_norm"], abs=1e-6)
     assert one["tokens_trained"] == many["tokens_trained"]
+
+
+def test_old_checkpoints_go_and_the_run_ends_alike() -> None:
+    every = config(steps=6, save_every=1, eval_every=1, evaluation={"num": 20, "keep": "best"})
+    for out, limit in (("all", None), ("few", 2)):
+        train(
+            {key: value for key, value in {**every, "out": out, "save_total_limit": limit}.items() if value}, quiet=True
+        )
+    assert len(list(Path("all/checkpoints").iterdir())) == 6
+    assert sorted(path.name for path in Path("few/checkpoints").iterdir()) == ["step-5", "step-6"]
+    assert same_weights("all", "few")
+
+
+def test_best_weights_stay_as_long_as_a_checkpoint_refers_to_them() -> None:
+    for step, best in ((2, 0), (4, 4), (6, 4), (8, 8)):
+        for path in (Path(f"run/checkpoints/step-{step}"), Path(f"run/best/step-{best}")):
+            path.mkdir(parents=True, exist_ok=True)
+        Path(f"run/checkpoints/step-{step}/state.json").write_text(json.dumps({"best_step": best}))
+
+    def left() -> list[str]:
+        return sorted(str(path.relative_to("run")) for path in Path("run").glob("*/*"))
+
+    prune(Path("run"), 2)
+    assert left() == ["best/step-4", "best/step-8", "checkpoints/step-6", "checkpoints/step-8"]
+    prune(Path("run"), 1)
+    assert left() == ["best/step-8", "checkpoints/step-8"]
+    prune(Path("run"), 1)
+    assert left() == ["best/step-8", "checkpoints/step-8"]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from shoestring.errors import ConfigError
 from shoestring.optim import set_learning_rate
-from shoestring.runs import replace_folder
+from shoestring.runs import remove_folder, replace_folder
 from shoestring.types import Problem, Prompt
 
 
@@ -76,10 +76,24 @@ def save(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.
     return target
 
 
+def prune(folder: Path, limit: int) -> None:
+    """Deletes all checkpoints but the newest `limit`, and the best weights that none of these refers to."""
+    checkpoints = _by_step(folder / "checkpoints")
+    kept = checkpoints[-limit:]
+    best = {f"step-{json.loads((path / 'state.json').read_text(encoding='utf-8'))['best_step']}" for path in kept}
+    for path in (*checkpoints[:-limit], *(path for path in _by_step(folder / "best") if path.name not in best)):
+        remove_folder(path)
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """The folders step-N in it, N upwards."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
 def latest(folder: Path) -> Path | None:
     """The checkpoint with the most steps."""
-    found = [path for path in (folder / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
-    return max(found, key=lambda path: int(path.name[5:]), default=None)
+    return next(reversed(_by_step(folder / "checkpoints")), None)
 
 
 def steps_done(folder: Path) -> int:

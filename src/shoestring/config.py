@@ -150,6 +150,8 @@ class RunConfig(Settings):
     """Evaluate every so many steps; 0 never."""
     save_every: int = Field(default=50, ge=0)
     """Save a checkpoint every so many steps; 0 only at the end."""
+    save_total_limit: int | None = Field(default=None, ge=1)
+    """Keep only so many checkpoints, the newest; default: all."""
     allow_truncated_prompts: bool = False
     """Cut prompts that do not fit the model's context from the left, and count them, instead of refusing them."""
     out: str | None = None

@@ -115,6 +115,8 @@ class Session:
 
     def save(self, state: State) -> None:
         checkpoint.save(self.folder, self.policy.trained(), self.optimizer, state)
+        if self.config.save_total_limit:
+            checkpoint.prune(self.folder, self.config.save_total_limit)
 
     def seed(self, step: int, *purpose: object) -> int:
         """63 bits for one purpose of one step."""

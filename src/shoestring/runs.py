@@ -18,7 +18,7 @@ from shoestring.tasks.file import File
 
 # What a resumed run may change: how long it is and how it is carried out, not what it computes.
 _CARRIED_OUT = ("rewards.workers", "rewards.timeout", "rewards.on_timeout")
-_MAY_CHANGE = ("steps", "save_every", "memory", "execution.", *_CARRIED_OUT)
+_MAY_CHANGE = ("steps", "save_", "memory", "execution.", *_CARRIED_OUT)
 
 _PYTHON = "python:"  # stands before the name of a reward that was handed over as a function
 
@@ -202,6 +202,14 @@ def write_config(folder: Path, config: RunConfig) -> None:
     draft = folder / ".draft-config.toml"
     draft.write_text(configs.dump(config), encoding="utf-8")
     os.replace(draft, folder / "config.toml")
+
+
+def remove_folder(target: Path) -> None:
+    """Takes its name from a folder before its files go, so that no half-removed one is ever seen."""
+    old = target.with_name(f".old-{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(target, old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
