@@ -224,6 +224,15 @@ def w1(name: str = "w1") -> str:
     return table([*headings, "training s", "steps"], rows) + f"\n{where(found)}. {found.get('note', '')}\n"
 
 
+def w1_short() -> str:
+    """What a user of either gets without asking for anything."""
+    found = result("w1")
+    keys = ("peak_reserved_gib", "step_s", "sample_s", "train_s")
+    both = [r for r in found["rows"] if r["setting"] == "no budget" or "defaults" in r["setting"]]
+    rows = [[r["system"], *(f"{r[key]:.2f}" for key in keys)] for r in both]
+    return table(["one step", "reserved GiB", "seconds", "sampling", "training"], rows) + f"\n{where(found)}.\n"
+
+
 def decode() -> str:
     found = result("decode")
     rows = [
@@ -425,6 +434,7 @@ TABLES = {
     "memory-grid": memory_grid,
     "on-paper": on_paper,
     "w1": w1,
+    "w1-short": w1_short,
     "w2": lambda: w1("w2"),
     "growth": growth,
     "first": first,
