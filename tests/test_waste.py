@@ -197,3 +197,20 @@ def test_the_next_steps_prompts_are_encoded_while_a_step_trains(monkeypatch: pyt
     monkeypatch.setattr(loop, "encode", watched)
     train(config(), quiet=True)
     assert threads == ["MainThread"] * 3 + ["prompts"] * 12
+
+
+def test_a_large_sampling_budget_encodes_no_more_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what the next step takes for certain: a step may draw four million prompts here, and hardly draws eight."""
+    encoded: list[int] = []
+    real = loop.encode
+
+    def counted(*args: Any, **options: Any) -> Encoded:
+        encoded.append(1)
+        assert len(encoded) < 1000
+        return real(*args, **options)
+
+    monkeypatch.setattr(loop, "encode", counted)
+    run = train(dynamic(1_000_000), rewards=[rare], quiet=True)
+    drawn = sum(m["groups"] + m["groups_dropped"] for m in metrics())
+    assert len(run.reports) == 3
+    assert len(encoded) <= drawn + 4

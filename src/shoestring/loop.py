@@ -214,7 +214,7 @@ def _step(session: Session, state: State) -> None:
     sampled = joined(rounds, config.sampling.num_prompts)
     groups, credits = [sampled.groups[i] for i in sampled.kept], [sampled.credits[i] for i in sampled.kept]
     cursor = state.cursor + len(sampled.groups) - len(state.replays)
-    with clock.phase("train"), session.fresh.ahead(cursor, config.sampling.most_prompts):
+    with clock.phase("train"), session.fresh.ahead(cursor, config.sampling.num_prompts):
         set_learning_rate(session.optimizer, learning_rate(step, config.steps, config.optim))
         seed = session.seed(step, "round")
         result, batches = train_in_pieces(
