@@ -1,5 +1,5 @@
-"""The fresh prompts of a run, encoded before they are asked for: while the device trains, a thread encodes those that the
-next step takes for certain.
+"""The fresh prompts of a run, encoded before they are asked for: while the device trains, a thread encodes those that
+the next step takes for certain.
 
 A prompt depends on nothing but its place in the run, so this changes no result, and a resumed run needs to know nothing
 of it.
