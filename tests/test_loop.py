@@ -156,6 +156,25 @@ def test_micro_batches_change_a_run_by_rounding_only() -> None:
     assert one["tokens_trained"] == many["tokens_trained"]
 
 
+@pytest.mark.parametrize(
+    ("change", "told"), [({"steps": 2}, "has done 4"), ({"steps": 8, "memory": "1MiB"}, "memory is 1.0 MiB")]
+)
+def test_a_refused_resume_leaves_the_run_as_it_was(change: dict[str, Any], told: str) -> None:
+    train(config(optim={"schedule": "constant"}), quiet=True)
+    before = Path("run/config.toml").read_text()
+    with pytest.raises(ConfigError, match=told):
+        train(change, resume="run", quiet=True)
+    assert Path("run/config.toml").read_text() == before
+    train({"steps": 5}, resume="run", quiet=True)
+    assert "steps = 5" in Path("run/config.toml").read_text()
+    assert len(metrics()) == 5
+
+
+def test_python_rewards_with_weights_have_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    train(config(rewards={"weights": [1.0, 0.2]}, memory="1GiB", steps=1), rewards=["task", varied])
+    assert "predicted" in capsys.readouterr().out
+
+
 def test_old_checkpoints_go_and_the_run_ends_alike() -> None:
     every = config(steps=6, save_every=1, eval_every=1, evaluation={"num": 20, "keep": "best"})
     for out, limit in (("all", None), ("few", 2)):

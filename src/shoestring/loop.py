@@ -16,7 +16,7 @@ from shoestring.checkpoint import State
 from shoestring.clock import Clock
 from shoestring.config import RunConfig
 from shoestring.environment import command
-from shoestring.errors import NonFiniteError, ShoestringError
+from shoestring.errors import ConfigError, NonFiniteError, ShoestringError
 from shoestring.evaluation import EvalSettings, evaluate, first_problems
 from shoestring.memory import capped, give_back
 from shoestring.models import check_quantisation, pick_device
@@ -84,13 +84,21 @@ def train(
     """
     pool.refuse_inside_a_worker()
     rewards = (rewards,) if isinstance(rewards, str) or callable(rewards) else tuple(rewards)
+    before = runs.written_config(resume)
     folder, settled = runs.open_run(config, data=data, resume=resume, rewards=rewards)
+    done = checkpoint.steps_done(folder)
     try:
+        if settled.steps < done:
+            raise ConfigError(
+                f"steps is {settled.steps}, and {folder} has done {done}", "a run does not go back", "write more steps"
+            )
         scorer = Rewards(rewards or settled.rewards.functions, settled.rewards.weights)
         return _run(folder, settled, scorer, quiet=quiet, profile=profile)
-    except ShoestringError:
+    except ShoestringError:  # the same command should work once the mistake is mended
         if resume is None:
-            runs.discard_unused(folder)  # so that the same command works once the mistake is mended
+            runs.discard_unused(folder)
+        elif checkpoint.steps_done(folder) == done:
+            runs.put_back(folder, before)
         raise
 
 

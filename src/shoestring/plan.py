@@ -395,7 +395,9 @@ def _alternatives(config: RunConfig, work: Work, sizes: Sizes, budget: int | Non
     too_small = not _fits(work, _peak(work, sizes), budget)
     found = []
     for overrides, note, pieces in _changes(config, work, sizes):
-        values: dict[str, Any] = config.model_dump(exclude_none=True)
+        values: dict[str, Any] = config.model_dump(
+            exclude_none=True, exclude={"rewards"}
+        )  # Python functions have no name
         for override in overrides:
             values = configs.overridden(values, override.replace(" = ", "=", 1))
         changed = configs.settle(values)

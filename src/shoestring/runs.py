@@ -199,8 +199,18 @@ def model_settings(name: str) -> ModelSettings:
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
+    put_back(folder, configs.dump(config))
+
+
+def written_config(folder: str | Path | None) -> str:
+    """What config.toml holds before a run is resumed; empty for a new one."""
+    path = Path(folder or "", "config.toml")
+    return path.read_text(encoding="utf-8") if folder is not None and path.is_file() else ""
+
+
+def put_back(folder: Path, text: str) -> None:
     draft = folder / ".draft-config.toml"
-    draft.write_text(configs.dump(config), encoding="utf-8")
+    draft.write_text(text, encoding="utf-8")
     os.replace(draft, folder / "config.toml")
 
 
