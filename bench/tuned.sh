@@ -6,7 +6,7 @@
 # multiply-embedded-harder (a CPU).
 # Stages in order: sft rates seeds passes elsewhere; default: all. Methods (METHODS, all three where nothing is said) run
 # beside each other, each with AT_ONCE runs or evaluations at a time, so a run's seconds are not those it takes alone.
-# Stage longer, on request: 300 or 500 steps at the same rate, with 32 completions of a prompt or more kinds of problems.
+# Stage longer, on request: 300 steps at the same rate, with 32 completions of a prompt or more kinds of problems.
 set -euo pipefail
 shoestring=(python3 -m shoestring)
 name=$1
@@ -19,7 +19,7 @@ case $name in
   svamp-smollm2)
     recipe=$name sft=(recipes/smollm2-sft.toml) settings=()
     judged=(--task svamp --max-new-tokens 96 --k 1,4,16,64) elsewhere=('gsm8k --task gsm8k --max-new-tokens 256')
-    longer=(steps=500 eval_every=25 save_every=25)
+    longer=(steps=300 eval_every=25 save_every=25)
     longer+=('task={name="mixture",of=[{name="svamp",validation=100},"word-problems"],num=[600,6000]}')
     longer_methods=(grpo s-grpo t-spmo) longer_seeds=0,1,2 ;;
   multiply-2x2-smollm2) sft=(recipes/multiply-smollm2-sft.toml) settings=('task.digits=[2,2]') others=(1,3 2,3 3,3) ;;&
