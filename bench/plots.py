@@ -70,6 +70,19 @@ def rates(name: str) -> None:
     save(figure, name)
 
 
+def methods(name: str) -> None:
+    """Curves of each method's final runs."""
+    rows = result(name)["rows"]
+    figure, axis = plt.subplots(figsize=(6, 3.4))
+    for method in dict.fromkeys(r["method"] for r in rows):
+        curves(axis, [r["curve"] for r in rows if r["method"] == method], method)
+    axis.legend(fontsize=8)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_xlabel("step", fontsize=9)
+    axis.set_ylabel(f"of {rows[0]['curve_problems']} held-back problems", fontsize=9)
+    save(figure, name)
+
+
 def growth() -> None:
     rows = result("growth")["rows"]
     base = {"shape": "qwen2-0.5b", "group": 16, "length": 256}
@@ -118,6 +131,7 @@ DRAWN: dict[str, Callable[[], None]] = {
     "ablations": ablations,
     "growth": growth,
     **{f"{name}-lr": partial(rates, name) for name in TUNED},
+    "svamp-smollm2-longer": partial(methods, "svamp-smollm2-longer"),
 }
 
 if __name__ == "__main__":

@@ -67,7 +67,9 @@ def tuned(name: str) -> str:
     """Of bench/tuned.sh: three rates of each method, then seeds at the best of them."""
     found, tuning = result(name), result(f"{name}-lr")
     base = found["rows"][0]
-    befores = {r["base_accuracy"]: f"{r['base_low']:.1%} to {r['base_high']:.1%}" for r in found["rows"]}
+    longer = result(f"{name}-longer")["rows"] if (RESULTS / f"{name}-longer.json").is_file() else []
+    of_all = [*found["rows"], *longer]
+    befores = {r["base_accuracy"]: f"{r['base_low']:.1%} to {r['base_high']:.1%}" for r in of_all}
     before = "; ".join(f"{accuracy:.1%} ({interval})" for accuracy, interval in befores.items())
     rates = sorted({r["lr"] for r in tuning["rows"]})
     held_back = {(r["method"], r["lr"]): r["accuracy"] for r in tuning["rows"]}
@@ -77,10 +79,9 @@ def tuned(name: str) -> str:
     rows = [["before", *[""] * len(rates), "", before, "", "", at_first, *abroad, *[""] * 4]]
     kinds = {f"`{r['method']}`": r["method"] for r in found["rows"]}
     runs_of = {label: [r for r in found["rows"] if r["method"] == method] for label, method in kinds.items()}
-    if (RESULTS / f"{name}-longer.json").is_file():
-        for r in result(f"{name}-longer")["rows"]:
-            more = "" if r["task"] == base["task"] else f", {r['task']}"
-            runs_of.setdefault(f"`{r['method']}`, {_size(r)}{more}", []).append(r)
+    for r in longer:
+        more = "" if r["task"] == base["task"] else f", {r['task']}"
+        runs_of.setdefault(f"`{r['method']}`, {_size(r)}{more}", []).append(r)
     for label, runs in runs_of.items():
         chosen, accuracy, each, *cost = _over_seeds(runs)
         gains = "; ".join(
