@@ -20,8 +20,9 @@ from shoestring import ConfigError, DataError, train
 from shoestring import checkpoint as checkpoints
 from shoestring.checkpoint import prune
 from shoestring.errors import NonFiniteError
-from shoestring.loop import order
+from shoestring.loop import order, where_it_lies
 from shoestring.policy import Policy
+from shoestring.runs import locked
 from shoestring.samplers.base import Sampling
 from shoestring.samplers.hf import HfEngine
 from shoestring.types import Completion
@@ -168,6 +169,13 @@ def test_a_refused_resume_leaves_the_run_as_it_was(change: dict[str, Any], told:
     train({"steps": 5}, resume="run", quiet=True)
     assert "steps = 5" in Path("run/config.toml").read_text()
     assert len(metrics()) == 5
+
+
+def test_a_run_is_one_processs_at_a_time() -> None:
+    train(config(steps=1), quiet=True)
+    with locked(Path("run")), pytest.raises(ConfigError, match="another process is at it"):
+        train({"steps": 2}, resume="run", quiet=True)
+    train({"steps": 2}, resume="run", quiet=True)
 
 
 def test_python_rewards_with_weights_have_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -332,6 +340,60 @@ def test_a_scorer_that_raises_stops_the_run_with_a_checkpoint_to_go_on_from() ->
     ]
 
 
+@pytest.mark.parametrize("error", [SystemExit(130), MemoryError()], ids=["a second Ctrl-C", "out of memory"])
+def test_whatever_ends_a_step_before_its_update_loses_no_step(
+    error: BaseException, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def interrupted(engine: HfEngine, *args: Any, **kwargs: Any) -> Any:
+        asked.append(1)
+        if len(asked) == 3:
+            raise error
+        return sample(engine, *args, **kwargs)
+
+    sample = HfEngine.sample
+    monkeypatch.setattr(HfEngine, "sample", interrupted)
+    with pytest.raises(type(error)):
+        train(config(sampler="hf", save_every=0), quiet=True)
+    assert checkpoints.steps_done(Path("run")) == 2
+    assert "2 steps are saved; to go on: " in capsys.readouterr().err
+    assert len(train(resume="run", quiet=True).reports) == 4
+
+
+def test_a_damaged_checkpoint_is_told_with_what_to_do() -> None:
+    train(config(), quiet=True)
+    Path("run/checkpoints/step-4/weights.safetensors").write_bytes(b"half a fi")
+    with pytest.raises(ConfigError, match=r"step-4; it cannot be read .*; remove that folder to go on from"):
+        train(resume="run", quiet=True)
+
+
+def test_a_run_on_rows_of_ones_own_can_be_moved() -> None:
+    rows = [{"prompt": f"{a}*{b}=", "answer": a * b} for a in range(2, 9) for b in range(2, 9)]
+    train(config(steps=1), data=rows, quiet=True)
+    Path("elsewhere").mkdir()
+    Path("run").rename("elsewhere/my run")
+    run = train({"steps": 2}, resume="elsewhere/my run", quiet=True)
+    assert len(run.reports) == 2
+    assert "eval 'elsewhere/my run' --split train" in where_it_lies(run)
+
+
+@pytest.mark.parametrize("given", [{"config": 3}, {"rewards": [3]}, {"rewards": ["task", 4.5]}], ids=str)
+def test_what_is_no_config_or_reward_is_told(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"holds no settings|cannot be called"):
+        train(**given)
+
+
+def test_a_logged_metric_does_not_take_a_rewards_place() -> None:
+    def logs(completions: list[Any], log_metric: Any, **others: Any) -> list[float]:
+        log_metric("correct", 5.0)
+        return varied(completions)
+
+    run = train(config(steps=1), rewards=["task", logs], quiet=True)
+    parts = run.reports[0].reward_parts
+    assert (parts["logged/correct"], parts["correct"] <= 1) == (5.0, True)
+
+
 def test_a_prompt_too_long_is_told_before_the_first_step() -> None:
     rows = [{"prompt": "1*1=" if i else "9" * 1100, "answer": "1"} for i in range(40)]
     with pytest.raises(DataError, match="longer than the model's context"):
@@ -350,13 +412,15 @@ def test_order_goes_through_every_problem_once_an_epoch() -> None:
 def test_a_signal_saves_and_exits(number: int, code: int) -> None:
     """The step in hand is finished, a checkpoint is written, and the run can go on."""
     command = [sys.executable, "-m", "shoestring", "train", "steps=500", "out=run", "sampling.num_prompts=2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes, env={**os.environ, "OMP_NUM_THREADS": "1"})
     limit = time.monotonic() + 120
     while not (Path("run/metrics.jsonl").is_file() and metrics()) and time.monotonic() < limit:
         time.sleep(0.2)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == code
+    assert "Stopping once this step is done and saved; another Ctrl-C stops at once." in err
     assert "--resume run" in out
     last = checkpoints.latest(Path("run"))
     assert last is not None

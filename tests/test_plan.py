@@ -712,7 +712,7 @@ def test_room_takes_the_place_of_a_budget_where_none_is_set(qwen: dict[str, Any]
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
-KEYS = {"budget", "peak", "fits", "phases", "waves", "micro_batch", "alternatives"}
+KEYS = {"budget", "peak", "fits", "smallest_budget", "phases", "waves", "micro_batch", "alternatives", "notes"}
 SAYS_WHAT_WAS_IMPORTED = """
 import sys
 from shoestring import cli

@@ -256,7 +256,9 @@ def test_a_function_that_raises_stops_the_run():
         raise TimeoutError("no answer")
 
     for function, cause in ((broken, KeyError), (lost, TimeoutError)):
-        with pytest.raises(DataError, match=rf"{function.__name__} raised {cause.__name__}: .*problem a, b;") as raised:
+        line = function.__code__.co_firstlineno + 1
+        says = rf"{function.__name__} raised {cause.__name__}: .*test_rewards\.py, line {line}\); .*problem a, b;"
+        with pytest.raises(DataError, match=says) as raised:
             score(judge, function)
         assert isinstance(raised.value.__cause__, cause)
 
@@ -267,6 +269,14 @@ def test_no_rows_call_nothing():
 
 def test_a_name_is_used_once():
     assert Rewards([length_reward, length_reward, "task"]).names == ("length_reward", "length_reward-2", "task")
+
+
+def test_a_functions_name_does_not_take_the_place_of_the_tasks_own_parts():
+    def correct(completions, **kwargs):
+        return [0.5] * len(completions)
+
+    assert Rewards([correct]).names == ("correct",)
+    assert Rewards(["task", correct]).names == ("task", "correct-2")
 
 
 def test_weights_and_functions_must_agree():

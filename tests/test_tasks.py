@@ -289,7 +289,8 @@ def test_rows_without_ids_are_told_apart_and_missing_columns_are_told() -> None:
 def test_missing_files_and_unknown_kinds() -> None:
     with pytest.raises(DataError, match="no such file"):
         pick(TASKS, "task", "file:none.jsonl").problems("train")
+    Path("rows.txt").write_text("1*1=1\n")
     with pytest.raises(DataError, match="its kind is not known"):
-        pick(TASKS, "task", "file:none.txt").problems("train")
+        pick(TASKS, "task", "file:rows.txt").problems("train")
     with pytest.raises(DataError, match="holds neither"):
         pick(TASKS, "task", {"name": "svamp", "data": "."}).problems("train")

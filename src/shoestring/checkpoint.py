@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -103,12 +104,19 @@ def steps_done(folder: Path) -> int:
 
 
 def restore(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
-    """Loads weights and optimizer in place and returns the state."""
-    own = load_file(path / "optimizer.safetensors")
+    """Loads weights and optimizer in place and returns the state; raises `ConfigError` if a file cannot be read."""
+    try:
+        own, weights = (load_file(path / f"{name}.safetensors") for name in ("optimizer", "weights"))
+        values: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ConfigError(
+            f"the checkpoint is {path}",
+            f"it cannot be read ({type(error).__name__}: {error})",
+            "remove that folder to go on from the checkpoint before it",
+        ) from None
     _make_moments({name.rpartition(":")[0] for name in own}, parameters, optimizer)
-    _fill(parameters, load_file(path / "weights.safetensors"), path)
+    _fill(parameters, weights, path)
     _fill(moments(parameters, optimizer), own, path)
-    values: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
     records = {"replays": [_prompt(value) for value in values["replays"]], "pieces": Pieces(**values["pieces"])}
     return State(**{**values, **records})
 

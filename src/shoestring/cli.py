@@ -124,15 +124,15 @@ def evaluate(
     from shoestring.overlap import overlap
 
     target, overrides = _split(arguments)
-    settings = EvalSettings(
-        split, num, _ints(k, "k"), samples, temperature, max_new_tokens or 256, 1.0, seed, batch_rows
-    )
+    limit = 256 if max_new_tokens is None else max_new_tokens
+    settings = EvalSettings(split, num, _ints(k, "k"), samples, temperature, limit, 1.0, seed, batch_rows)
     several = settings.num_samples > 1
-    settings = replace(settings, allow_truncated_prompts=allow_truncated_prompts, greedy=several)
+    settings = replace(settings, greedy=several)
     settings.check()
     if details and not Path(details).absolute().parent.is_dir():
         raise ConfigError(f"--details is {details}", "its folder is not there", "give a file in a folder that is")
-    chosen, model, tokens, trained_on = _target(target, task, overrides)
+    chosen, model, tokens, truncated, trained_on = _target(target, task, overrides)
+    settings = replace(settings, allow_truncated_prompts=allow_truncated_prompts or truncated)
     if max_new_tokens is None and tokens is not None:
         settings = replace(settings, max_new_tokens=tokens)
     problems = first_problems(chosen, split, num)  # a wrong split or missing data is reported before the model loads
@@ -207,17 +207,23 @@ def sample(
 ) -> None:
     """Print what a run or model answers."""
     target, overrides = _split(arguments)
-    chosen, model, tokens, _ = _target(target, task, overrides)
+    for name, value in (("num", num), ("completions", completions)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}", "it counts what is sampled", "use 1 or more")
+    chosen, model, tokens, truncated, _ = _target(target, task, overrides)
 
     from shoestring.rollout import encode, roll_out
     from shoestring.samplers import SAMPLERS, Sampling
+    from shoestring.settings import build
     from shoestring.types import Problem
 
-    sampling = Sampling(max_new_tokens=max_new_tokens or tokens or 256, temperature=temperature)
+    limit = max_new_tokens if max_new_tokens is not None else tokens or 256
+    sampling = build(Sampling, {"max_new_tokens": limit, "temperature": temperature}, "sampling")
     problems = chosen.problems(split) if prompt is None else [Problem("prompt", prompt, "")]
     policy = _policy(model)
     asked = [problems[i] for i in range(min(num, len(problems)))]
-    prompts, _ = encode(policy, chosen, asked, sampling.max_new_tokens, allow_truncated=allow_truncated_prompts)
+    allowed = allow_truncated_prompts or truncated
+    prompts, _ = encode(policy, chosen, asked, sampling.max_new_tokens, allow_truncated=allowed)
     engine = SAMPLERS["auto"]().open(policy)
     for rollout in roll_out(policy, engine, prompts, num=completions, sampling=sampling, seed=seed):
         problem = rollout.prompt.problem
@@ -317,6 +323,7 @@ class _Asked(NamedTuple):
     task: Task
     model: ModelSettings
     max_new_tokens: int | None
+    allow_truncated_prompts: bool
     trained_on: Task
 
 
@@ -330,7 +337,7 @@ def _target(target: str | None, task: str | None, overrides: list[str]) -> _Aske
 
     model = runs.model_settings(target or models.TINY)
     models.locate(model.name)
-    saved = configs.read(Path(target) / "config.toml") if target and (Path(target) / "config.toml").is_file() else {}
+    saved = runs.saved(Path(target)) if target and (Path(target) / "config.toml").is_file() else {}
     values = saved.get("task", {"name": "multiplication"})
     values = dict(values) if isinstance(values, dict) else {"name": values}
     if task is not None and task != values["name"]:
@@ -346,7 +353,8 @@ def _target(target: str | None, task: str | None, overrides: list[str]) -> _Aske
     model = build(models.ModelSettings, tables["model"], "model")
     asked = pick(TASKS, "task", tables["task"])
     trained_on = pick(TASKS, "task", saved["task"]) if "task" in saved else asked
-    return _Asked(asked, model, saved.get("sampling", {}).get("max_new_tokens"), trained_on)
+    tokens, truncated = saved.get("sampling", {}).get("max_new_tokens"), saved.get("allow_truncated_prompts", False)
+    return _Asked(asked, model, tokens, truncated, trained_on)
 
 
 def _policy(model: ModelSettings) -> Policy:
@@ -401,8 +409,9 @@ def _print_plan(config: RunConfig, plan: Plan) -> None:
     for note in plan.notes:
         console.print(f"Note: {note}.", highlight=False)
     table = Table(title="with one setting changed")
-    for heading in ("setting", "peak"):
-        table.add_column(heading, justify="right" if heading == "peak" else "left")
+    least = "peak" if plan.fits else "least budget"
+    for heading in ("setting", least):
+        table.add_column(heading, justify="right" if heading == least else "left")
     for alternative in plan.alternatives:
         table.add_row(alternative.change, size_text(alternative.peak))
     console.print(table)

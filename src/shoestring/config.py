@@ -193,6 +193,18 @@ class RunConfig(Settings):
                 "greedy completions of a prompt are all the same, so every advantage would be 0",
                 "use 1.0",
             )
+        if self.sampling.top_k == 1:
+            raise ConfigError(
+                "sampling.top_k is 1",
+                "completions of a prompt are all the same then, so every advantage would be 0",
+                "use 0 (no limit) or 2 or more",
+            )
+        if self.evaluation.keep == "best" and not self.eval_every:
+            raise ConfigError(
+                'evaluation.keep is "best" and eval_every 0',
+                "without evaluations there is no best",
+                "write eval_every = 20 or so, or leave evaluation.keep out",
+            )
         if self.sampling.entropy:
             raise ConfigError(
                 "sampling.entropy is true", "the algorithm says whether entropies are needed", "leave it out"
@@ -232,8 +244,13 @@ class RunConfig(Settings):
 DEFAULTS = {"task": "multiplication", "algorithm": "s-grpo", "adapter": "lora", "sampler": "auto"}
 
 
+_OF_A_WARM_START = {"epochs", "batch_size", "max_length", "save_dtype"}
+
+
 def settle(values: Mapping[str, Any]) -> RunConfig:
     """The config of a nested mapping; raises `ConfigError`."""
+    for name in sorted(_OF_A_WARM_START & values.keys()):
+        raise ConfigError(f'"{name}" is set', "that is a setting of a warm start", "use `shoestring sft`")
     return build(RunConfig, dict(values), "")
 
 

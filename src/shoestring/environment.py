@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import sys
 from importlib import metadata
@@ -17,6 +18,15 @@ def command() -> str:
         return "shoestring"
     here = os.path.relpath(sys.executable)
     return f"{sys.executable if here.startswith('..') else here} -m shoestring"
+
+
+def quoted(path: object) -> str:
+    """A path or name as a shell takes it.
+
+    >>> quoted("runs/my run")
+    "'runs/my run'"
+    """
+    return shlex.quote(str(path))
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -15,7 +16,7 @@ from shoestring import budgets, checkpoint, pool, profiler, replay, report, runs
 from shoestring.checkpoint import State
 from shoestring.clock import Clock
 from shoestring.config import RunConfig
-from shoestring.environment import command
+from shoestring.environment import command, quoted
 from shoestring.errors import ConfigError, NonFiniteError, ShoestringError
 from shoestring.evaluation import EvalSettings, evaluate, first_problems
 from shoestring.memory import capped, give_back
@@ -30,7 +31,7 @@ from shoestring.prompts import FreshPrompts
 from shoestring.report import Reporter
 from shoestring.rewards import RewardFunction, Rewards, Row, Scored, TrainerState
 from shoestring.rollout import Encoded, Rollout, encode, roll_out
-from shoestring.rounds import Round, joined, wanted
+from shoestring.rounds import Round, Sampled, joined, wanted
 from shoestring.samplers.base import Engine
 from shoestring.signals import held_back
 from shoestring.summary import Done, step_report, warnings
@@ -84,21 +85,17 @@ def train(
     """
     pool.refuse_inside_a_worker()
     rewards = (rewards,) if isinstance(rewards, str) or callable(rewards) else tuple(rewards)
-    before = runs.written_config(resume)
+    for given in rewards:
+        if not isinstance(given, str) and not callable(given):
+            raise ConfigError(f"rewards holds {given!r}", "it cannot be called", 'give functions, or "task"')
     folder, settled = runs.open_run(config, data=data, resume=resume, rewards=rewards)
-    done = checkpoint.steps_done(folder)
     try:
-        if settled.steps < done:
-            raise ConfigError(
-                f"steps is {settled.steps}, and {folder} has done {done}", "a run does not go back", "write more steps"
-            )
         scorer = Rewards(rewards or settled.rewards.functions, settled.rewards.weights)
-        return _run(folder, settled, scorer, quiet=quiet, profile=profile)
+        with runs.locked(folder):
+            return _run(folder, settled, scorer, quiet=quiet, profile=profile)
     except ShoestringError:  # the same command should work once the mistake is mended
         if resume is None:
             runs.discard_unused(folder)
-        elif checkpoint.steps_done(folder) == done:
-            runs.put_back(folder, before)
         raise
 
 
@@ -132,8 +129,19 @@ class Session:
 
 
 def _run(folder: Path, config: RunConfig, rewards: Rewards, *, quiet: bool, profile: bool) -> Run:
+    done = checkpoint.steps_done(folder)
+    if config.steps < done:
+        raise ConfigError(
+            f"steps is {config.steps}, and {folder} has done {done}", "a run does not go back", "write more steps"
+        )
+    if "task" in config.rewards.functions and getattr(config.task, "check", "") == "none":
+        raise ConfigError(
+            'task.check is "none"',
+            '"task" is among the rewards, and it has nothing to compare answers with',
+            'write task.check = "math" or "text", or give rewards of your own',
+        )
     if profile:
-        profiler.check(config.steps, checkpoint.steps_done(folder))
+        profiler.check(config.steps, done)
     problems = config.task.problems("train")
     if config.eval_every:
         config.task.problems(config.evaluation.split)  # a split that is not there is found now, not at its first use
@@ -144,7 +152,8 @@ def _run(folder: Path, config: RunConfig, rewards: Rewards, *, quiet: bool, prof
 
     with pool.opened(rewards, config.task, config.rewards) as scoring, capped(device, budget):
         session, state, longest = _open(folder, config, problems, scoring, quiet=quiet)
-        with held_back() as stopped, session.reporter.running(state.step):
+        runs.write_config(folder, config)  # with what a resumed run has changed
+        with held_back("Stopping once this step is done and saved") as stopped, session.reporter.running(state.step):
             if state.step < config.steps:
                 budgets.rehearse(session, state, longest)
             with profiler.recorded(session.reporter, config.steps - state.step, device, on=profile) as next_step:
@@ -194,12 +203,7 @@ def _train(session: Session, state: State, stopped: Sequence[int], next_step: Ca
     while state.step < config.steps and not stopped:
         if config.eval_every and state.step % config.eval_every == 0:
             _evaluate(session, state)
-        try:
-            _step(session, state)
-        except ShoestringError as error:  # state and weights are those of the last step, but for one case
-            if state.step and not isinstance(error, HalfAStep):
-                session.save(state)
-            raise
+        _step(session, state)
         next_step()
         if state.skipped_in_a_row == _MOST_SKIPPED:
             session.save(state)
@@ -213,13 +217,26 @@ def _train(session: Session, state: State, stopped: Sequence[int], next_step: Ca
 
 
 def _step(session: Session, state: State) -> None:
-    """One step: sample, score, give credit, update, report. `state` moves at its end, once all of it is done."""
-    config, step = session.config, state.step
+    """One step, after which `state` has moved."""
     clock = Clock(session.policy.device)
+    with _saved_at(session, state, BaseException):  # weights and state are those of the last step
+        sampled = _sample(session, state, clock)
+    with _saved_at(session, state, ShoestringError):  # here too, but for half a step
+        _learn(session, state, sampled, clock)
+
+
+def _sample(session: Session, state: State, clock: Clock) -> Sampled:
+    """The first half of a step: sample, score, give credit. Changes nothing that a checkpoint holds."""
+    sampling = session.config.sampling
     rounds: list[Round] = []
-    while num := wanted(rounds, config.sampling):  # one round, unless dynamic sampling is on
+    while num := wanted(rounds, sampling):  # one round, unless dynamic sampling is on
         rounds.append(_round(session, state, clock, sum(len(done.groups) for done in rounds), num))
-    sampled = joined(rounds, config.sampling.num_prompts)
+    return joined(rounds, sampling.num_prompts)
+
+
+def _learn(session: Session, state: State, sampled: Sampled, clock: Clock) -> None:
+    """The second half: update, report. `state` moves at its end, once all of it is done."""
+    config, step = session.config, state.step
     groups, credits = [sampled.groups[i] for i in sampled.kept], [sampled.credits[i] for i in sampled.kept]
     cursor = state.cursor + len(sampled.groups) - len(state.replays)
     with clock.phase("train"), session.fresh.ahead(cursor, config.sampling.num_prompts):
@@ -246,6 +263,20 @@ def _step(session: Session, state: State) -> None:
         session.reporter.warn(warning)
     if session.plan is not None and step == session.first_step:
         budgets.compare(session, clock)
+
+
+@contextmanager
+def _saved_at(session: Session, state: State, errors: type[BaseException]) -> Iterator[None]:
+    """Where it fails so, the steps that are done are saved first."""
+    try:
+        yield
+    except errors as error:
+        if state.step and not isinstance(error, HalfAStep):
+            session.save(state)
+            session.reporter.warn(
+                f"{state.step} steps are saved; to go on: {command()} train --resume {quoted(session.folder)}"
+            )
+        raise
 
 
 def _never_finite(state: State, folder: Path) -> NonFiniteError:
@@ -365,7 +396,8 @@ def _evaluate(session: Session, state: State) -> None:
         max_new_tokens=config.sampling.max_new_tokens,
         allow_truncated_prompts=config.allow_truncated_prompts,
     )
-    found = evaluate(session.policy, session.engine, config.task, settings)
+    with _saved_at(session, state, BaseException):
+        found = evaluate(session.policy, session.engine, config.task, settings)
     state.wave_tokens = session.engine.wave_tokens
     best = found.accuracy > state.best_accuracy
     if best:
@@ -412,8 +444,8 @@ def where_it_lies(run: Run) -> str:
         f"{run.policy.result + ':':<9} {run.result}{kept}",
         f"metrics:  {run.folder / 'metrics.jsonl'}",
         f"samples:  {run.folder / 'samples.jsonl'}",
-        f"evaluate: {command()} eval {run.folder}{runs.split_hint(run.folder, run.config)}",
+        f"evaluate: {command()} eval {quoted(run.folder)}{runs.split_hint(run.config)}",
     ]
     if len(run.reports) < run.config.steps:
-        lines.append(f"go on:    {command()} train --resume {run.folder}")
+        lines.append(f"go on:    {command()} train --resume {quoted(run.folder)}")
     return "\n".join(lines)

@@ -97,10 +97,12 @@ class Plan:
             "budget": self.budget,
             "peak": self.peak,
             "fits": self.fits,
+            "smallest_budget": self.smallest,
             "phases": [phase._asdict() for phase in self.phases],
             "waves": self.waves,
             "micro_batch": self.micro_batch,
             "alternatives": [alternative._asdict() for alternative in self.alternatives],
+            "notes": list(self.notes),
         }
 
 

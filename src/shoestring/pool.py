@@ -164,7 +164,7 @@ class Pool:
             f"a completion of problem {row.problem.id} was not scored within {self._settings.timeout:g} s "
             f"in step {state.global_step} (by {', '.join(self._rewards.names)})",
             "the run waits no longer for a row, and rewards.on_timeout says that it stops then",
-            'mend the function, raise rewards.timeout, or set rewards.on_timeout = "zero", and resume',
+            'mend the function, raise rewards.timeout, or set rewards.on_timeout = "zero"',
         )
 
     def _judge(self, row: Row, state: TrainerState) -> Judged:

@@ -23,6 +23,7 @@ import operator
 import os
 import sys
 import threading
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,10 @@ RESERVED = {
     "log_metric",
 }
 """Data columns of these names are not passed: the names are taken."""
+
+
+_PARTS = ("correct", "solved")
+"""What a task calls the parts of its own score, by which the share of solved problems is counted."""
 
 
 class Row(NamedTuple):
@@ -153,7 +158,8 @@ class Rewards:
         self.given = tuple(functions)
         self.functions = tuple(load(f) if isinstance(f, str) and f != "task" else f for f in functions)
         self.weights = tuple(map(float, weights)) if weights is not None else (1.0,) * len(functions)
-        self.names = _unique([f if isinstance(f, str) else _unwrapped_name(f) for f in self.functions])
+        own = _PARTS if "task" in self.functions else ()
+        self.names = _unique([f if isinstance(f, str) else _unwrapped_name(f) for f in self.functions], own)
 
     def score(self, task: Task, rows: Sequence[Row], state: TrainerState) -> Scored:
         """Scores all completions of a step.
@@ -283,10 +289,17 @@ class _Call:
     def _raised(self, error: Exception) -> DataError:
         ids = list(dict.fromkeys(row.problem.id for row in self.rows))
         return DataError(
-            f"reward function {self.name} raised {type(error).__name__}: {error}",
+            f"reward function {self.name} raised {type(error).__name__}: {error}{_place(error)}",
             f"it was scoring problem {', '.join(ids[:3])}" + (f" and {len(ids) - 3} more" if len(ids) > 3 else ""),
             "mend the function, or let it return None for the rows that it cannot score",
         )
+
+
+def _place(error: Exception) -> str:
+    """Where in the function's own file it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # without the call of it
+    inside = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" ({inside[-1].filename}, line {inside[-1].lineno})" if inside else ""
 
 
 def columns(problems: Sequence[Problem]) -> dict[str, list[Any]]:
@@ -338,15 +351,15 @@ def _unwrapped_name(function: RewardFunction) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _unique(names: Sequence[str]) -> tuple[str, ...]:
+def _unique(names: Sequence[str], taken: Sequence[str] = ()) -> tuple[str, ...]:
     """The names, with the second of a kind called "name-2" and so on: a part of a score needs a name of its own."""
-    taken: dict[str, None] = {}
+    found: list[str] = []
     for name in names:
         count = 1
-        while (new := name if count == 1 else f"{name}-{count}") in taken:
+        while (new := name if count == 1 else f"{name}-{count}") in (*taken, *found):
             count += 1
-        taken[new] = None
-    return tuple(taken)
+        found.append(new)
+    return tuple(found)
 
 
 def _is_async(function: RewardFunction) -> bool:

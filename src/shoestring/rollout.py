@@ -35,23 +35,28 @@ def encode(
         ids = policy.encode(task.ask(problem), task.format, task.chat)
         if len(ids) > room:
             if not allow_truncated or room < 1:
-                raise _too_long(problem, len(ids), room < in_context, policy.context, max_new_tokens)
+                raise _too_long(problem, len(ids), room, in_context, policy.context, max_new_tokens)
             ids, truncated = ids[-room:], truncated + 1
         prompts.append(Prompt(problem, ids, len(ids)))
     return Encoded(prompts, truncated)
 
 
-def _too_long(problem: Problem, count: int, by_setting: bool, context: int | None, max_new_tokens: int) -> DataError:
-    if by_setting:
+_CUT = "have it cut from the left: allow_truncated_prompts = true, for eval and sample --allow-truncated-prompts"
+
+
+def _too_long(
+    problem: Problem, count: int, room: int, in_context: int, context: int | None, max_new_tokens: int
+) -> DataError:
+    if room < in_context:
         return DataError(
             f"the prompt of {problem.id} has {count} tokens",
             "that is more than sampling.max_prompt_tokens",
-            "raise that, shorten the prompt, or set allow_truncated_prompts = true",
+            f"raise that, shorten the prompt, or {_CUT}",
         )
     return DataError(
         f"the prompt of {problem.id} has {count} tokens",
         f"with {max_new_tokens} new ones it is longer than the model's context of {context}",
-        "lower sampling.max_new_tokens, shorten the prompt, or set allow_truncated_prompts = true",
+        "lower sampling.max_new_tokens" + (f", shorten the prompt, or {_CUT}" if room > 0 else ""),
     )
 
 

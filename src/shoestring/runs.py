@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from shoestring import config as configs
 from shoestring.config import RunConfig
-from shoestring.errors import ConfigError, DataError
+from shoestring.errors import ConfigError, DataError, ShoestringError
 from shoestring.models import ModelSettings
 from shoestring.settings import build
 from shoestring.tasks.file import File
@@ -30,14 +32,13 @@ def open_run(
     resume: str | Path | None,
     rewards: Sequence[Callable[..., Any] | str] = (),
 ) -> tuple[Path, RunConfig]:
-    """The folder and the settled config of a new run or of one to go on with; config.toml lies in the folder after
-    it."""
+    """The folder and the settled config of a new run, whose config.toml is written, or of one to go on with, whose is
+    left as it is."""
     if resume is not None:
         if data is not None:
             raise ConfigError("data is given with resume", "a run goes on with its own data", "leave data out")
         settled = resumed_config(Path(resume), config)
         _check_rewards_are_back(Path(resume), settled, rewards)
-        write_config(Path(resume), _with_rewards(settled, rewards))
         return Path(resume), settled
     if data is not None:
         values = config.model_dump(exclude_none=True) if isinstance(config, RunConfig) else _values(config)
@@ -53,7 +54,8 @@ def open_run(
         settled = config if isinstance(config, RunConfig) else configs.settle(_values(config))
         folder = _new_folder(settled.out, settled.task.name, settled.algorithm.name)
         settled = settled.model_copy(update={"out": str(folder)})
-    write_config(folder, _with_rewards(settled, rewards))
+    settled = _with_rewards(settled, rewards)
+    write_config(folder, settled)
     return folder, settled
 
 
@@ -87,6 +89,28 @@ def _check_rewards_are_back(folder: Path, config: RunConfig, rewards: Sequence[A
         )
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a run's folder for this process, as long as it lives; raises `ConfigError` where another one does. On a
+    file system without such locks it holds nothing."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(place)
+        raise ConfigError(
+            f"the run is {folder}",
+            "another process is at it, and two would write over each other",
+            "wait for that one, or stop it",
+        ) from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(place)
+
+
 def discard_unused(folder: Path) -> None:
     """Removes a new run's folder if nothing but its config (and data) has come into it."""
     names = {path.name for path in folder.iterdir()}
@@ -95,7 +119,11 @@ def discard_unused(folder: Path) -> None:
 
 
 def _values(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
-    return dict(config) if isinstance(config, Mapping) else configs.read(config)
+    if isinstance(config, Mapping):
+        return dict(config)
+    if not isinstance(config, str | Path | None):
+        raise ConfigError(f"the config is {config!r}", "it holds no settings", "give a mapping or a recipe's path")
+    return configs.read(config)
 
 
 def _algorithm_name(values: Mapping[str, Any]) -> str:
@@ -105,19 +133,19 @@ def _algorithm_name(values: Mapping[str, Any]) -> str:
 
 def _new_folder(out: str | None, task: str, algorithm: str) -> Path:
     folder = Path(out) if out else _next_free(Path("runs"), f"{task}-{algorithm}")
-    check_free(folder)
+    check_free(folder, "choose another folder, or go on with a run by --resume")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def check_free(folder: Path) -> None:
-    """Raises `ConfigError` if anything lies in the folder already."""
+def check_free(folder: Path, write: str = "choose another folder") -> None:
+    """Raises `ConfigError` if anything lies in the folder already, or it cannot be made."""
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        why = f"{above} is no folder" if not above.is_dir() else f"{above} cannot be written to"
+        raise ConfigError(f"out is {folder}", why, "choose another folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            f"out is {folder}",
-            "something lies there already, and nothing is written over",
-            "choose another folder, or go on with a run by --resume",
-        )
+        raise ConfigError(f"out is {folder}", "something lies there already, and nothing is written over", write)
 
 
 def _next_free(parent: Path, name: str) -> Path:
@@ -147,9 +175,26 @@ def _data_task(task: str | Mapping[str, Any], own_rewards: bool) -> dict[str, An
     return {"check": "none", **settings} if own_rewards else settings
 
 
-def split_hint(folder: Path, config: RunConfig) -> str:
-    """What `eval` needs to be told about a run on rows of its own, which has no test part."""
-    return " --split train" if config.task.name == f"file:{(folder / 'data').absolute()}" else ""
+def split_hint(config: RunConfig) -> str:
+    """What `eval` needs to be told about a run on rows of one's own that have no test part."""
+    for split in ("test", "validation", "train") if isinstance(config.task, File) else ():
+        try:
+            config.task.problems(split)
+        except ShoestringError:
+            continue
+        return "" if split == "test" else f" --split {split}"
+    return ""
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    """What a run's config.toml holds; rows that lie in the run's own folder are found where that is now."""
+    values = configs.read(folder / "config.toml")
+    task, data = values.get("task"), folder / "data"
+    if isinstance(task, dict) and isinstance(name := task.get("name"), str) and data.is_dir():
+        source = Path(name.removeprefix("file:"))
+        if name.startswith("file:") and source.name == "data" and not source.exists():
+            values["task"] = {**task, "name": f"file:{data.absolute()}"}
+    return values
 
 
 def resumed_config(folder: Path, config: RunConfig | Mapping[str, Any] | str | Path | None) -> RunConfig:
@@ -157,12 +202,12 @@ def resumed_config(folder: Path, config: RunConfig | Mapping[str, Any] | str | P
     path = folder / "config.toml"
     if not path.is_file():
         raise ConfigError(f"the run to resume is {folder}", "it holds no config.toml", "give the folder of a run")
-    saved = configs.load(path)
+    old = configs.settle(saved(folder))
     if config is None:
-        return saved
-    asked = config if isinstance(config, RunConfig) else configs.settle(_over(saved, _values(config)))
-    changed = [key for key in configs.differences(saved, asked) if not key.startswith(_MAY_CHANGE)]
-    if asked.steps != saved.steps and saved.optim.schedule != "constant":
+        return old
+    asked = config if isinstance(config, RunConfig) else configs.settle(_over(old, _values(config)))
+    changed = [key for key in configs.differences(old, asked) if not key.startswith(_MAY_CHANGE)]
+    if asked.steps != old.steps and old.optim.schedule != "constant":
         changed.append("steps (the schedule of the learning rate depends on it)")
     if changed:
         raise ConfigError(
@@ -170,20 +215,20 @@ def resumed_config(folder: Path, config: RunConfig | Mapping[str, Any] | str | P
             "what it computes would be neither the old run nor a new one",
             "resume without these changes, or start a new run",
         )
-    return asked.model_copy(update={"out": saved.out})
+    return asked.model_copy(update={"out": old.out})
 
 
-def _over(saved: RunConfig, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved config with the given values laid over it. A table with another `name` takes the saved one's place."""
-    merged = saved.model_dump(exclude_none=True)
+def _over(old: RunConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The old config with the given values laid over it. A table with another `name` takes the old one's place."""
+    merged = old.model_dump(exclude_none=True)
     for key, value in values.items():
-        old = merged.get(key)
+        own = merged.get(key)
         if (
             isinstance(value, Mapping)
-            and isinstance(old, Mapping)
-            and value.get("name", old.get("name")) == old.get("name")
+            and isinstance(own, Mapping)
+            and value.get("name", own.get("name")) == own.get("name")
         ):
-            value = {**old, **value}
+            value = {**own, **value}
         merged[key] = value
     return merged
 
@@ -199,18 +244,8 @@ def model_settings(name: str) -> ModelSettings:
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
-    put_back(folder, configs.dump(config))
-
-
-def written_config(folder: str | Path | None) -> str:
-    """What config.toml holds before a run is resumed; empty for a new one."""
-    path = Path(folder or "", "config.toml")
-    return path.read_text(encoding="utf-8") if folder is not None and path.is_file() else ""
-
-
-def put_back(folder: Path, text: str) -> None:
     draft = folder / ".draft-config.toml"
-    draft.write_text(text, encoding="utf-8")
+    draft.write_text(configs.dump(config), encoding="utf-8")
     os.replace(draft, folder / "config.toml")
 
 

@@ -55,6 +55,9 @@ def as_config_error(error: ValidationError, cls: type[BaseModel], where: str = "
     name = ".".join(([where] if where else []) + path) or cls.__name__
     if fault["type"] == "extra_forbidden":
         return ConfigError(f'"{name}" is set', "there is no such setting", nearest(path[-1], _fields(cls, path[:-1])))
+    if fault["type"] == "missing" and isinstance(fault["loc"][-1], int):
+        why = f"it needs {fault['loc'][-1] + 1} values or more"
+        return ConfigError(f"{name} is {fault['input']!r}", why, "write them all")
     if fault["type"] == "missing":
         return ConfigError(f'"{name}" is not set', "it has no default", f"write {name} = ...")
     cause = fault.get("ctx", {}).get("error")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -11,14 +12,16 @@ from typing import Any
 
 
 @contextmanager
-def held_back() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM let the step in hand finish: the first fills the list, a second interrupts at once."""
+def held_back(notice: str) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM let the step in hand finish: the first fills the list and gives notice of it on the error
+    output, a second interrupts at once."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         if received:
             raise SystemExit(128 + number)
         received.append(number)
+        os.write(2, f"\n{notice}; another Ctrl-C stops at once.\n".encode())
 
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -14,6 +14,9 @@ from shoestring.optim import UpdateReport, learning_rate
 from shoestring.rounds import Sampled
 from shoestring.types import Batch, StepReport
 
+# So many groups without signal are no accident.
+_SAYS_SOMETHING = 8
+
 
 class Done(NamedTuple):
     """A step that is done."""
@@ -36,7 +39,7 @@ def step_report(done: Done, config: RunConfig, state: State) -> StepReport:
         step=done.step,
         reward=_mean([score.value for score in scores]),
         reward_parts={name: _mean([s.parts[name] for s in scores if name in s.parts]) for name in names}
-        | dict(sampled.scored.metrics),
+        | {f"logged/{name}" if name in names else name: value for name, value in sampled.scored.metrics.items()},
         solved=_mean(
             [float(score.parts.get("solved", score.parts.get("correct", score.value)) >= 1) for score in scores]
         ),
@@ -94,6 +97,11 @@ def warnings(done: Done, config: RunConfig) -> Iterator[str]:
             f"WARNING: all {len(scores)} completions of the first step scored 0, so nothing could be learnt "
             "from it. Look at samples.jsonl: is the answer there, and does the scorer find it? A model too weak to "
             "earn any reward needs a warm start (shoestring sft) or easier problems."
+        )
+    elif step == 0 and len(groups) >= _SAYS_SOMETHING and not any(map(has_signal, done.sampled.credits)):
+        yield (
+            "WARNING: in the first step all completions of each prompt scored alike, so nothing could be learnt from "
+            "it. Are the problems too easy, or the completions all the same (sampling.temperature)?"
         )
     if step == 0 and sum(cut) > 0.5 * len(cut):
         yield (

@@ -21,7 +21,7 @@ from shoestring.adapters import ADAPTERS
 from shoestring.batch import Row, cut_rows, pad_rows
 from shoestring.checkpoint import Pieces
 from shoestring.config import ExecutionSettings, OptimSettings, named_model
-from shoestring.environment import command
+from shoestring.environment import command, quoted
 from shoestring.errors import ConfigError, DataError
 from shoestring.models import ModelSettings
 from shoestring.optim import (
@@ -35,6 +35,7 @@ from shoestring.optim import (
 from shoestring.policy import Policy, load_policy, to_device
 from shoestring.settings import Settings, build, pick
 from shoestring.tasks import TASKS
+from shoestring.tasks.file import File
 from shoestring.types import Problem
 
 
@@ -89,7 +90,8 @@ def sft(config: SftConfig | Mapping[str, Any]) -> Path:
         raise
     _save(policy, config, folder / "model")
     console.print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}\nmodel:    {folder / 'model'}")
-    console.print(f"evaluate: {command()} eval {folder / 'model'} --task {config.task.name}", soft_wrap=True)
+    where, task = quoted(folder / "model"), quoted(config.task.name)
+    console.print(f"evaluate: {command()} eval {where} --task {task}", soft_wrap=True)
     return folder / "model"
 
 
@@ -100,8 +102,10 @@ def _problems(config: SftConfig) -> list[Problem]:
     if not solved:
         raise ConfigError(
             f"task.name is {config.task.name}",
-            "it has no worked solutions to imitate",
-            "use gsm8k, multiplication, word-problems or file:",
+            "its training problems have no worked solutions to imitate",
+            'add a column "solution" to the rows'
+            if isinstance(config.task, File)
+            else "use gsm8k, multiplication, word-problems, or file: with a column solution",
         )
     return solved
 

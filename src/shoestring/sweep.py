@@ -34,7 +34,7 @@ def carry_out(trials: Sequence[Trial], say: Callable[[str], None], at_once: int 
     free = [card for _ in range(at_once) for card in _cards(trials)]
     running: list[tuple[Trial, subprocess.Popen[bytes], str | None]] = []
     failed: dict[str, str] = {}
-    with held_back() as stopped:
+    with held_back("Stopping as soon as each run has finished and saved its step") as stopped:
         while running or (waiting and not stopped):
             while free and waiting and not stopped:
                 trial, card = waiting.pop(0), free.pop(0)

@@ -71,9 +71,11 @@ class File(Checked):
         )
 
     def _problem(self, row: Row, index: int, source: str) -> Problem:
-        where = f"{source} row {index}"
+        where = f"{source} row {index + 1}"
         question = row.get("prompt", row.get("question"))
-        if not question:
+        if question in ("", []):
+            raise DataError(f"{where} has an empty prompt", "there is nothing to ask", "fill it in, or remove the row")
+        if question is None:
             columns = ", ".join(map(str, row))
             raise DataError(
                 f"{where} has the columns {columns}", "none of them asks", 'name one "prompt" or "question"'

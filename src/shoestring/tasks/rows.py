@@ -81,10 +81,10 @@ def split_rows(name: str, data: str | None, split: str, hub: str, validation: in
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a JSONL, CSV or Parquet file; raises `DataError` with the line."""
-    if path.suffix not in ENDINGS:
-        raise DataError(f"the data file is {path}", "its kind is not known", "use " + ", ".join(ENDINGS))
     if not path.is_file():
         raise DataError(f"the data file is {path}", "there is no such file", "give the path of a data file")
+    if path.suffix not in ENDINGS:
+        raise DataError(f"the data file is {path}", "its kind is not known", "use " + ", ".join(ENDINGS))
     try:
         rows = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix](path)
     except UnicodeDecodeError as error:
