@@ -1,30 +1,31 @@
-"""Makes bench/results/svamp-levers.json of what bench/levers.sh left under runs/levers/; rows of other levers stay.
+"""Makes a result file of what bench/levers.sh or bench/t_spmo.sh left under runs/; rows of other levers stay.
 
-python bench/levers.py
+python bench/levers.py svamp-levers levers
+python bench/levers.py multiply-embedded-hard-settings t-spmo
 """
 
 from __future__ import annotations
 
+import sys
+
 from sweeps import ROOT, read, row, write
 
-NAME = "svamp-levers"
 
-
-def main() -> None:
-    result = ROOT / "bench" / "results" / f"{NAME}.json"
-    rows = {r["lever"]: r for r in read(result)["rows"]} if result.is_file() else {}
+def main(name: str, folder: str) -> None:
+    result = ROOT / "bench" / "results" / f"{name}.json"
+    rows = {(r["lever"], r["seed"]): r for r in read(result)["rows"]} if result.is_file() else {}
     sweep = None
-    for path in sorted((ROOT / "runs" / "levers").glob("*/sweep.json")):
-        found, train = read(path), path.parent / "train.json"
-        if not (found["rows"] and train.is_file()):
-            continue
-        sweep = found
-        [figures] = found["rows"]
-        seen = {"train_accuracy": read(train)["accuracy"], "train_problems": read(train)["problems"]}
-        rows[path.parent.name] = {"lever": path.parent.name, **row(figures), **seen}
-    assert sweep is not None, "no lever is done: run bench/levers.sh"
-    write(NAME, sweep, list(rows.values()))
+    for path in sorted((ROOT / "runs" / folder).glob("*/sweep.json")):
+        lever, train = path.parent.name, path.parent / "train.json"
+        seen = {}
+        if train.is_file():
+            seen = {"train_accuracy": read(train)["accuracy"], "train_problems": read(train)["problems"]}
+        for figures in read(path)["rows"]:
+            sweep = read(path)
+            rows[lever, figures["seed"]] = {"lever": lever, **row(figures), **seen}
+    assert sweep is not None, f"nothing is done under runs/{folder}"
+    write(name, sweep, list(rows.values()))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -40,6 +40,11 @@ lever t-spmo-coldest svamp-smollm2-t-spmo sampling.temperature=0.3 optim.lr=1e-4
 lever t-spmo-colder-faster svamp-smollm2-t-spmo sampling.temperature=0.5 optim.lr=3e-4
 lever t-spmo-colder-longer svamp-smollm2-t-spmo sampling.temperature=0.5 steps=300 optim.lr=1e-4
 lever t-spmo-colder-replay svamp-smollm2-t-spmo sampling.temperature=0.5 algorithm.replay_from=both optim.lr=1e-4
+lever t-spmo-refilled svamp-smollm2-t-spmo sampling.dynamic_sampling=4
+lever t-spmo-branching svamp-smollm2-t-spmo algorithm.u_count=branching
+lever t-spmo-refilled-branching svamp-smollm2-t-spmo sampling.dynamic_sampling=4 algorithm.u_count=branching
+lever t-spmo-refilled-warmer svamp-smollm2-t-spmo sampling.dynamic_sampling=4 sampling.temperature=0.7
+lever t-spmo-more-prompts svamp-smollm2-t-spmo sampling.num_prompts=64
 for process in "${begun[@]}"; do wait "$process" || failed=1; done
-python3 bench/levers.py
+python3 bench/levers.py svamp-levers levers
 exit $failed

@@ -356,6 +356,24 @@ def svamp_levers() -> str:
     return table(headings, rows) + note
 
 
+def hard_settings() -> str:
+    found = result("multiply-embedded-hard-settings")
+    rows = []
+    for lever in dict.fromkeys(r["lever"] for r in found["rows"]):
+        runs = [r for r in found["rows"] if r["lever"] == lever]
+        steps = list(runs[0]["curve"])
+        curve = " ".join(f"{100 * statistics.mean(r['curve'][step] for r in runs):.0f}" for step in steps)
+        rows.append([lever, *_over_seeds(runs)[1:3], curve, *_over_seeds(runs)[3:]])
+    first = found["rows"][0]
+    note = (
+        f"\nGreedy accuracy on {first['problems']} test problems after {first['steps']} steps (Student's t over three "
+        f"seeds), from {first['base_accuracy']:.1%}; the curve, in per cent, is the mean on {first['curve_problems']} "
+        f"held-back problems, every 20 steps. {where(found)}.\n"
+    )
+    headings = ["lever", "test (95 %)", "each seed", "curve, %", "tokens sampled", "tokens trained", "seconds"]
+    return table(headings, rows) + note
+
+
 def _over_seeds(runs: list[dict[str, Any]]) -> list[str]:
     """The rate, the accuracy with its interval (over seeds, or over problems where there is one), and the cost."""
     sampled, trained = (statistics.mean(r[key] for r in runs) for key in ("tokens_sampled", "tokens_trained"))
@@ -431,6 +449,7 @@ TABLES = {
     "svamp-smollm2": lambda: tuned("svamp-smollm2"),
     "svamp-short": svamp_short,
     "svamp-levers": svamp_levers,
+    "multiply-embedded-hard-settings": hard_settings,
     "svamp-t-spmo": svamp_warmer,
     "memory-grid": memory_grid,
     "on-paper": on_paper,

@@ -117,6 +117,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "task.name=file:hollow.jsonl"], "hollow.jsonl row 1 has an empty prompt"),
     (["train", "task.name=file:nowhere/data"], "there is no such file"),
     (["train", "task.name=file:train.jsonl", "task.check=none"], "it has nothing to compare answers with"),
+    (
+        ["train", 'task={name="mixture", of=["svamp", {name="file:train.jsonl", check="none"}]}'],
+        "it has nothing to compare answers with",
+    ),
     (["train", "out=notes.txt/run"], "notes.txt is no folder"),
     (["train", "model=./nowhere"], "there is no such folder"),
     (["train", "model=notes.txt"], "this file is not a GGUF file"),

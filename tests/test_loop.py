@@ -319,7 +319,9 @@ def test_a_run_with_python_rewards_is_not_resumed_without_them_or_with_others() 
         train({"steps": 2}, resume="run", quiet=True)
 
 
-def test_a_scorer_that_raises_stops_the_run_with_a_checkpoint_to_go_on_from() -> None:
+def test_a_scorer_that_raises_stops_the_run_with_a_checkpoint_to_go_on_from(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Going on after the mend gives what a run without the fault gives."""
     fails = {"at": 3, "calls": 0}
 
@@ -331,6 +333,7 @@ def test_a_scorer_that_raises_stops_the_run_with_a_checkpoint_to_go_on_from() ->
 
     with pytest.raises(DataError, match="fragile"):
         train(config(save_every=0), rewards=[fragile], quiet=True)
+    assert "to go on: train(resume='run', rewards=[...])" in capsys.readouterr().err
     assert len(metrics()) == 2
     train(resume="run", rewards=[fragile], quiet=True)
     train(config(out="whole"), rewards=[varied], quiet=True)
@@ -361,11 +364,109 @@ def test_whatever_ends_a_step_before_its_update_loses_no_step(
     assert len(train(resume="run", quiet=True).reports) == 4
 
 
-def test_a_damaged_checkpoint_is_told_with_what_to_do() -> None:
+def test_an_error_in_saving_does_not_hide_the_one_before(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def fragile(completions: list[Any], **others: Any) -> list[float]:
+        asked.append(1)
+        if len(asked) == 3:
+            monkeypatch.setattr(checkpoints, "save", full)
+            raise KeyError("gold")
+        return varied(completions)
+
+    def full(*args: Any) -> None:
+        raise OSError("no space left")
+
+    with pytest.raises(DataError, match="gold"):
+        train(config(save_every=0), rewards=[fragile], quiet=True)
+    assert "2 steps are done and cannot be saved: no space left" in capsys.readouterr().err
+
+
+def test_a_second_signal_while_the_run_is_saved_at_its_end_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def interrupted(*args: Any) -> Path:
+        asked.append(1)
+        if len(asked) == 1:
+            raise SystemExit(130)
+        return save(*args)
+
+    save = checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", interrupted)
+    with pytest.raises(SystemExit):
+        train(config(save_every=0), quiet=True)
+    assert checkpoints.steps_done(Path("run")) == 4
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("weights.safetensors", "half a fi"), ("state.json", "{}"), ("state.json", "null"), ("state.json", '{"ste')],
+)
+def test_a_damaged_checkpoint_is_told_with_what_to_do(file: str, content: str) -> None:
     train(config(), quiet=True)
-    Path("run/checkpoints/step-4/weights.safetensors").write_bytes(b"half a fi")
+    Path("run/checkpoints/step-4", file).write_text(content)
     with pytest.raises(ConfigError, match=r"step-4; it cannot be read .*; remove that folder to go on from"):
         train(resume="run", quiet=True)
+
+
+def test_what_a_failed_resume_changed_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    train(config(steps=2), quiet=True)
+    before = Path("run/config.toml").read_text()
+
+    def broken(*args: Any, **others: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("shoestring.loop.roll_out", broken)
+    with pytest.raises(MemoryError):
+        train({"steps": 4}, resume="run", quiet=True)
+    assert Path("run/config.toml").read_text() == before
+
+
+def test_an_evaluation_that_is_repeated_after_an_error_says_the_same() -> None:
+    asked: list[int] = []
+
+    def fragile(completions: list[Any], **others: Any) -> list[float]:
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyError("gold")
+        return varied(completions)
+
+    evaluated = {"eval_every": 1, "evaluation": {"num": 8}, "steps": 2}
+    train(config(out="whole", **evaluated), rewards=[varied], quiet=True)
+    with pytest.raises(DataError):
+        train(config(**evaluated), rewards=[fragile], quiet=True)
+    train(resume="run", rewards=[fragile], quiet=True)
+    assert Path("run/evals.jsonl").read_text() == Path("whole/evals.jsonl").read_text()
+
+
+def test_a_child_of_the_run_does_not_hold_it() -> None:
+    """As one of a reward function's own pool that outlives the run."""
+    train(config(steps=1), quiet=True)
+    read, write = os.pipe()
+    with locked(Path("run")):
+        child = os.fork()
+        if not child:
+            os.read(read, 1)
+            os._exit(0)
+    try:
+        with locked(Path("run")):
+            pass
+    finally:
+        os.write(write, b".")
+        os.waitpid(child, 0)
+
+
+def test_a_folder_that_cannot_be_used_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine").mkdir()
+    closed: set[Path] = {Path.cwd()}
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in closed)
+    train(config(out="mine", steps=1), quiet=True)  # its own folder can be written to, whatever lies above it
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        train(config(out="other/run"), quiet=True)
+    with pytest.raises(ConfigError, match="something lies there"):
+        train(config(out="/"), quiet=True)
 
 
 def test_a_run_on_rows_of_ones_own_can_be_moved() -> None:
@@ -373,8 +474,11 @@ def test_a_run_on_rows_of_ones_own_can_be_moved() -> None:
     train(config(steps=1), data=rows, quiet=True)
     Path("elsewhere").mkdir()
     Path("run").rename("elsewhere/my run")
+    train(config(steps=1), data=[{"prompt": "1*1=", "answer": 1}], quiet=True)  # where the first one was
     run = train({"steps": 2}, resume="elsewhere/my run", quiet=True)
     assert len(run.reports) == 2
+    asked = [json.loads(line)["question"] for line in Path("elsewhere/my run/samples.jsonl").read_text().splitlines()]
+    assert "1*1=" not in asked
     assert "eval 'elsewhere/my run' --split train" in where_it_lies(run)
 
 
@@ -425,6 +529,22 @@ def test_a_signal_saves_and_exits(number: int, code: int) -> None:
     last = checkpoints.latest(Path("run"))
     assert last is not None
     assert last.name == f"step-{len(metrics())}"
+
+
+def test_a_signal_stops_a_run_that_nobody_listens_to_any_more() -> None:
+    """As `2>&1 | tee log`, which the same Ctrl-C ends."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "shoestring", "train", "steps=500", "out=run", "sampling.num_prompts=2", "--quiet"]
+    process = subprocess.Popen(command, stderr=write, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    os.close(write)
+    limit = time.monotonic() + 120
+    while not (Path("run/metrics.jsonl").is_file() and metrics()) and time.monotonic() < limit:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert checkpoints.steps_done(Path("run")) == len(metrics())
+    assert Path("run/adapter").is_dir()
 
 
 def test_half_a_checkpoint_is_not_seen() -> None:

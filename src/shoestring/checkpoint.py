@@ -108,17 +108,19 @@ def restore(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch
     try:
         own, weights = (load_file(path / f"{name}.safetensors") for name in ("optimizer", "weights"))
         values: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, SafetensorError, ValueError) as error:
+        records = {"replays": [_prompt(value) for value in values["replays"]], "pieces": Pieces(**values["pieces"])}
+        state = State(**{**values, **records})
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        others = len(_by_step(path.parent)) > 1
         raise ConfigError(
             f"the checkpoint is {path}",
             f"it cannot be read ({type(error).__name__}: {error})",
-            "remove that folder to go on from the checkpoint before it",
+            "remove that folder to go on from the checkpoint before it" if others else "it is the only one: start anew",
         ) from None
     _make_moments({name.rpartition(":")[0] for name in own}, parameters, optimizer)
     _fill(parameters, weights, path)
     _fill(moments(parameters, optimizer), own, path)
-    records = {"replays": [_prompt(value) for value in values["replays"]], "pieces": Pieces(**values["pieces"])}
-    return State(**{**values, **records})
+    return state
 
 
 def _prompt(value: Mapping[str, Any]) -> Prompt:

@@ -89,14 +89,14 @@ def train(
         if not isinstance(given, str) and not callable(given):
             raise ConfigError(f"rewards holds {given!r}", "it cannot be called", 'give functions, or "task"')
     folder, settled = runs.open_run(config, data=data, resume=resume, rewards=rewards)
-    try:
-        scorer = Rewards(rewards or settled.rewards.functions, settled.rewards.weights)
-        with runs.locked(folder):
+    with runs.locked(folder):
+        try:
+            scorer = Rewards(rewards or settled.rewards.functions, settled.rewards.weights)
             return _run(folder, settled, scorer, quiet=quiet, profile=profile)
-    except ShoestringError:  # the same command should work once the mistake is mended
-        if resume is None:
-            runs.discard_unused(folder)
-        raise
+        except ShoestringError:  # the same command should work once the mistake is mended
+            if resume is None:
+                runs.discard_unused(folder)
+            raise
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def _run(folder: Path, config: RunConfig, rewards: Rewards, *, quiet: bool, prof
         raise ConfigError(
             f"steps is {config.steps}, and {folder} has done {done}", "a run does not go back", "write more steps"
         )
-    if "task" in config.rewards.functions and getattr(config.task, "check", "") == "none":
+    parts = getattr(config.task, "of", (config.task,))
+    if "task" in config.rewards.functions and any(getattr(part, "check", "") == "none" for part in parts):
         raise ConfigError(
             'task.check is "none"',
             '"task" is among the rewards, and it has nothing to compare answers with',
@@ -152,7 +153,6 @@ def _run(folder: Path, config: RunConfig, rewards: Rewards, *, quiet: bool, prof
 
     with pool.opened(rewards, config.task, config.rewards) as scoring, capped(device, budget):
         session, state, longest = _open(folder, config, problems, scoring, quiet=quiet)
-        runs.write_config(folder, config)  # with what a resumed run has changed
         with held_back("Stopping once this step is done and saved") as stopped, session.reporter.running(state.step):
             if state.step < config.steps:
                 budgets.rehearse(session, state, longest)
@@ -204,6 +204,8 @@ def _train(session: Session, state: State, stopped: Sequence[int], next_step: Ca
         if config.eval_every and state.step % config.eval_every == 0:
             _evaluate(session, state)
         _step(session, state)
+        if state.step == session.first_step + 1:
+            runs.write_config(session.folder, config)  # with what a resumed run has changed
         next_step()
         if state.skipped_in_a_row == _MOST_SKIPPED:
             session.save(state)
@@ -212,7 +214,8 @@ def _train(session: Session, state: State, stopped: Sequence[int], next_step: Ca
             session.save(state)
     if config.eval_every and not stopped:
         _evaluate(session, state)
-    session.save(state)
+    with _saved_at(session, state, BaseException):
+        session.save(state)
     _save_result(session, state)
 
 
@@ -272,11 +275,18 @@ def _saved_at(session: Session, state: State, errors: type[BaseException]) -> It
         yield
     except errors as error:
         if state.step and not isinstance(error, HalfAStep):
-            session.save(state)
-            session.reporter.warn(
-                f"{state.step} steps are saved; to go on: {command()} train --resume {quoted(session.folder)}"
-            )
+            try:
+                session.save(state)
+                session.reporter.warn(f"{state.step} steps are saved; to go on: {_to_go_on(session)}")
+            except Exception as failed:  # it must not hide the first one
+                session.reporter.warn(f"{state.step} steps are done and cannot be saved: {failed}")
         raise
+
+
+def _to_go_on(session: Session) -> str:
+    if any(runs.is_python(name) for name in session.config.rewards.functions):
+        return f"train(resume={str(session.folder)!r}, rewards=[...])"
+    return f"{command()} train --resume {quoted(session.folder)}"
 
 
 def _never_finite(state: State, folder: Path) -> NonFiniteError:
@@ -399,7 +409,7 @@ def _evaluate(session: Session, state: State) -> None:
     with _saved_at(session, state, BaseException):
         found = evaluate(session.policy, session.engine, config.task, settings)
     state.wave_tokens = session.engine.wave_tokens
-    best = found.accuracy > state.best_accuracy
+    best = found.accuracy > state.best_accuracy or state.best_step == state.step  # the same again, after an error
     if best:
         state.best_accuracy, state.best_step = found.accuracy, state.step
         if config.evaluation.keep == "best":

@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from shoestring import config as configs
 from shoestring.config import RunConfig
-from shoestring.errors import ConfigError, DataError, ShoestringError
+from shoestring.errors import ConfigError, DataError
 from shoestring.models import ModelSettings
 from shoestring.settings import build
 from shoestring.tasks.file import File
@@ -73,8 +73,13 @@ def _reward_name(function: Callable[..., Any] | str) -> str:
     )
 
 
+def is_python(name: str) -> bool:
+    """Whether a reward was handed over as a function."""
+    return name.startswith(_PYTHON)
+
+
 def _check_rewards_are_back(folder: Path, config: RunConfig, rewards: Sequence[Any]) -> None:
-    missing = [name.removeprefix(_PYTHON) for name in config.rewards.functions if name.startswith(_PYTHON)]
+    missing = [name.removeprefix(_PYTHON) for name in config.rewards.functions if is_python(name)]
     if rewards and _with_rewards(config, rewards) != config:
         raise ConfigError(
             f"the run to resume is {folder}, and the rewards are {', '.join(map(_reward_name, rewards))}",
@@ -89,26 +94,41 @@ def _check_rewards_are_back(folder: Path, config: RunConfig, rewards: Sequence[A
         )
 
 
+_locks: set[int] = set()
+
+
+def _close_locks() -> None:
+    for place in _locks:
+        os.close(place)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_locks)  # a child must not hold a run that its parent has left
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds a run's folder for this process, as long as it lives; raises `ConfigError` where another one does. On a
     file system without such locks it holds nothing."""
     place = os.open(folder, os.O_RDONLY)
+    _locks.add(place)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(place)
-        raise ConfigError(
-            f"the run is {folder}",
-            "another process is at it, and two would write over each other",
-            "wait for that one, or stop it",
-        ) from None
-    except OSError:
-        pass
-    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"the run is {folder}",
+                    "another process is at it, and two would write over each other",
+                    "wait for that one, or stop it",
+                ) from None
         yield
     finally:
-        os.close(place)
+        if place in _locks:  # not in a child
+            _locks.discard(place)
+            with suppress(OSError):
+                fcntl.flock(place, fcntl.LOCK_UN)  # for children too, which may not have closed it yet
+            os.close(place)
 
 
 def discard_unused(folder: Path) -> None:
@@ -140,12 +160,12 @@ def _new_folder(out: str | None, task: str, algorithm: str) -> Path:
 
 def check_free(folder: Path, write: str = "choose another folder") -> None:
     """Raises `ConfigError` if anything lies in the folder already, or it cannot be made."""
-    above = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        why = f"{above} is no folder" if not above.is_dir() else f"{above} cannot be written to"
-        raise ConfigError(f"out is {folder}", why, "choose another folder")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if there == folder.absolute() and not (there.is_dir() and not any(there.iterdir())):
         raise ConfigError(f"out is {folder}", "something lies there already, and nothing is written over", write)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written to" if there.is_dir() else "is no folder"
+        raise ConfigError(f"out is {folder}", f"{there} {why}", "choose another folder")
 
 
 def _next_free(parent: Path, name: str) -> Path:
@@ -177,22 +197,17 @@ def _data_task(task: str | Mapping[str, Any], own_rewards: bool) -> dict[str, An
 
 def split_hint(config: RunConfig) -> str:
     """What `eval` needs to be told about a run on rows of one's own that have no test part."""
-    for split in ("test", "validation", "train") if isinstance(config.task, File) else ():
-        try:
-            config.task.problems(split)
-        except ShoestringError:
-            continue
-        return "" if split == "test" else f" --split {split}"
-    return ""
+    files = config.task.files() if isinstance(config.task, File) else {}
+    return f" --split {min(files)}" if files and "test" not in files else ""
 
 
 def saved(folder: Path) -> dict[str, Any]:
     """What a run's config.toml holds; rows that lie in the run's own folder are found where that is now."""
     values = configs.read(folder / "config.toml")
     task, data = values.get("task"), folder / "data"
-    if isinstance(task, dict) and isinstance(name := task.get("name"), str) and data.is_dir():
-        source = Path(name.removeprefix("file:"))
-        if name.startswith("file:") and source.name == "data" and not source.exists():
+    if data.is_dir() and isinstance(task, dict):  # only the run itself makes a folder of that name there
+        name = task.get("name", "")
+        if name.startswith("file:") and Path(name).name == "data":
             values["task"] = {**task, "name": f"file:{data.absolute()}"}
     return values
 

@@ -48,7 +48,8 @@ def build(cls: type[S], value: dict[str, Any], where: str) -> S:
 
 def as_config_error(error: ValidationError, cls: type[BaseModel], where: str = "") -> ConfigError:
     """The first fault that pydantic found, in three parts."""
-    fault = error.errors(include_url=False)[0]
+    faults = error.errors(include_url=False)
+    fault = faults[0]
     path = [str(part) for part in fault["loc"]]
     tag = next((i for i, part in enumerate(path) if i and not part.isidentifier()), None)
     path = path[:tag]  # no tags of unions
@@ -56,8 +57,9 @@ def as_config_error(error: ValidationError, cls: type[BaseModel], where: str = "
     if fault["type"] == "extra_forbidden":
         return ConfigError(f'"{name}" is set', "there is no such setting", nearest(path[-1], _fields(cls, path[:-1])))
     if fault["type"] == "missing" and isinstance(fault["loc"][-1], int):
-        why = f"it needs {fault['loc'][-1] + 1} values or more"
-        return ConfigError(f"{name} is {fault['input']!r}", why, "write them all")
+        places = [f["loc"][-1] for f in faults if f["type"] == "missing" and f["loc"][:-1] == fault["loc"][:-1]]
+        needed = 1 + max(place for place in places if isinstance(place, int))
+        return ConfigError(f"{name} is {fault['input']!r}", f"it needs {needed} values", "write them all")
     if fault["type"] == "missing":
         return ConfigError(f'"{name}" is not set', "it has no default", f"write {name} = ...")
     cause = fault.get("ctx", {}).get("error")

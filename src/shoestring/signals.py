@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -21,7 +21,8 @@ def held_back(notice: str) -> Iterator[list[int]]:
         if received:
             raise SystemExit(128 + number)
         received.append(number)
-        os.write(2, f"\n{notice}; another Ctrl-C stops at once.\n".encode())
+        with suppress(OSError):  # nobody may be reading any more
+            os.write(2, f"\n{notice}; another Ctrl-C stops at once.\n".encode())
 
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -12,7 +12,7 @@ from shoestring.clock import Clock
 from shoestring.config import RunConfig
 from shoestring.optim import UpdateReport, learning_rate
 from shoestring.rounds import Sampled
-from shoestring.types import Batch, StepReport
+from shoestring.types import Batch, Group, StepReport
 
 # So many groups without signal are no accident.
 _SAYS_SOMETHING = 8
@@ -77,6 +77,10 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
+def _alike(group: Group) -> bool:
+    return len({score.value for score in group.scores}) == 1
+
+
 def warnings(done: Done, config: RunConfig) -> Iterator[str]:
     """What a user should not have to find out by reading metrics."""
     step, groups, result = done.step, done.sampled.groups, done.result
@@ -98,7 +102,7 @@ def warnings(done: Done, config: RunConfig) -> Iterator[str]:
             "from it. Look at samples.jsonl: is the answer there, and does the scorer find it? A model too weak to "
             "earn any reward needs a warm start (shoestring sft) or easier problems."
         )
-    elif step == 0 and len(groups) >= _SAYS_SOMETHING and not any(map(has_signal, done.sampled.credits)):
+    elif step == 0 and len(groups) >= _SAYS_SOMETHING and all(map(_alike, groups)):
         yield (
             "WARNING: in the first step all completions of each prompt scored alike, so nothing could be learnt from "
             "it. Are the problems too easy, or the completions all the same (sampling.temperature)?"

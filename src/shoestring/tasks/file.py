@@ -51,12 +51,8 @@ class File(Checked):
 
     def _rows(self, source: str, split: str) -> tuple[Sequence[Row], Literal["all", "hash", "held back"]]:
         """The rows that hold a split, and how it is taken from them."""
-        path = Path(source).expanduser()
-        if path.is_dir():
-            files = {p.stem: p for p in sorted(path.iterdir()) if p.suffix in ENDINGS and p.stem in SPLITS}
-        elif path.stem in SPLITS:
-            files = {path.stem: path}
-        else:
+        path, files = Path(source).expanduser(), self.files()
+        if not files and not path.is_dir():
             return read_rows(path), "hash"
         if split in files and not (split == "train" and self.validation and "validation" not in files):
             return read_rows(files[split]), "all"
@@ -69,6 +65,12 @@ class File(Checked):
             + (", or set task.validation" if split == "validation" else "")
             + (f", or ask by name for what there is: eval --split {min(files)}" if split == "test" and files else ""),
         )
+
+    def files(self) -> dict[str, Path]:
+        """The files that are named for a split, by its name; none where one file is parted."""
+        path = Path(self.name.partition(":")[2]).expanduser()
+        paths = sorted(path.iterdir()) if path.is_dir() else [path]
+        return {p.stem: p for p in paths if p.suffix in ENDINGS and p.stem in SPLITS}
 
     def _problem(self, row: Row, index: int, source: str) -> Problem:
         where = f"{source} row {index + 1}"
@@ -117,6 +119,9 @@ class File(Checked):
 
 class Hub(File):
     """The same of a hub data set: `hub:<id>`, or `hub:<id>@<subset>`."""
+
+    def files(self) -> dict[str, Path]:
+        return {}
 
     def _rows(self, source: str, split: str) -> tuple[Sequence[Row], Literal["all", "hash", "held back"]]:
         held = split == "validation" or (split == "train" and self.validation > 0)
