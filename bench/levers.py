@@ -24,7 +24,7 @@ def main(name: str, folder: str) -> None:
             sweep = read(path)
             rows[lever, figures["seed"]] = {"lever": lever, **row(figures), **seen}
     assert sweep is not None, f"nothing is done under runs/{folder}"
-    write(name, sweep, list(rows.values()))
+    write(name, sweep, [rows[key] for key in sorted(rows, key=lambda key: (key[0] != "none", key))])
 
 
 if __name__ == "__main__":
