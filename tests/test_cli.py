@@ -90,10 +90,12 @@ def prepared() -> None:
         "full/config.toml": "steps = 5\n",
         "full/metrics.jsonl": '{"step": 0}\n',
         "bare/readme.md": "nothing",
+        "half/config.toml": 'task = "multiplication"\n',
     }.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(text)
     Path("nothing").mkdir()
+    Path("half/checkpoints").mkdir()
 
 
 MISTAKES: list[tuple[list[str], str]] = [
@@ -139,6 +141,9 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["eval", "./nowhere", "--task", "multiplication"], "there is no such folder"),
     (["eval", "notes.txt", "--task", "multiplication"], "this file is not a GGUF file"),
     (["eval", "tiny"], "add --task"),
+    (["eval", "half"], "that run has not come to its end"),
+    (["eval", "tiny", "--task", "file:train.jsonl", "check=none"], "every completion would count as wrong"),
+    (["sweep", "task.name=file:train.jsonl", "task.check=none"], "every completion would count as wrong"),
     (["eval", "tiny", "--task", "multiplicaton"], 'did you mean "multiplication"'),
     (["eval", "tiny", "--task", "multiplication", "--split", "exam"], "use one of: train, validation, test"),
     (["eval", "tiny", "--task", "multiplication", "task.digitz=[2, 2]"], 'did you mean "digits"'),

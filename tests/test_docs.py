@@ -64,6 +64,8 @@ def test_the_examples_of_adding_one_work_as_they_stand(monkeypatch: pytest.Monke
     assert all(task.score(p, f"#### {p.answer}").value == 1.0 for p in task.problems("test"))
     completions = tuple(Completion((i, 5), (0.0, 0.0), "end") for i in range(3))
     group = Group(Prompt(Problem("1", "?", "1"), (1,), 1), completions, tuple(Score(r) for r in (1.0, 0.0, 0.0)))
+    alike = Group(group.prompt, group.completions, (Score(0.1, {}),) * len(group.scores))
+    assert not made["RLOO"]().credit(alike, torch.Generator()).advantage.any()
     credit = made["RLOO"]().credit(group, torch.Generator())
     assert credit.advantage.tolist() == pytest.approx([1, 1, -0.5, -0.5, -0.5, -0.5])
 

@@ -13,6 +13,7 @@ import pytest
 from shoestring.errors import ConfigError
 from shoestring.evaluation import (
     EvalSettings,
+    _majorities,
     bootstrap,
     evaluate,
     interval,
@@ -103,6 +104,14 @@ def test_paired_gains_use_shared_problems_only() -> None:
     gain, (low, high) = paired({"a": 0, "b": 1, "c": 0}, {"a": 1, "b": 1, "d": 1})
     assert gain == 0.5
     assert 0 <= low <= 0.5 <= high <= 1
+
+
+def test_majority_of_one_is_the_accuracy_and_all_completions_count() -> None:
+    votes, solved = ["7", "8", "8", "8", "7", "8"], [False, True, True, True, False, True]
+    assert _majorities(votes, solved, 1) == pytest.approx(4 / 6)
+    assert _majorities(votes, solved, 3) == 1.0
+    assert _majorities(votes, solved, 4) == 1.0
+    assert _majorities(votes, [not s for s in solved], 2) == pytest.approx(2 / 3)  # of equals the earliest
 
 
 def test_majority() -> None:

@@ -309,6 +309,37 @@ def test_a_mistake_leaves_no_folder_behind_so_that_the_same_command_works_once_i
     train(config(steps=1), quiet=True)
 
 
+def test_ctrl_c_in_python_ends_what_comes_after_the_run_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def pressed(completions: list[Any], **others: Any) -> list[float]:
+        asked.append(1)
+        if len(asked) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return varied(completions)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(save_every=0), rewards=[pressed], quiet=True)
+    assert "2 steps are saved; to go on: train(resume='run', rewards=[...])" in capsys.readouterr().err
+    assert checkpoints.steps_done(Path("run")) == 2
+    assert len(train(resume="run", rewards=[pressed], quiet=True).reports) == 4
+
+
+def test_evaluations_without_answers_are_refused() -> None:
+    rows = [{"prompt": f"{a}*{a}=", "gold": a * a} for a in range(2, 40)]
+    with pytest.raises(ConfigError, match="every completion would count as wrong"):
+        train(config(eval_every=2, evaluation={"split": "train"}), rewards=[varied], data=rows, quiet=True)
+    assert not Path("run").exists()
+
+
+def test_the_config_of_a_run_from_python_is_told_so() -> None:
+    train(config(steps=1), rewards=[varied], quiet=True)
+    with pytest.raises(ConfigError, match=r"Python functions varied.*train\(\.\.\., rewards=\[\.\.\.\]\)"):
+        train("run/config.toml", quiet=True)
+
+
 def test_a_run_with_python_rewards_is_not_resumed_without_them_or_with_others() -> None:
     train(config(steps=1), rewards=[short_answers], quiet=True)
     with pytest.raises(ConfigError, match="varied"):

@@ -286,6 +286,39 @@ def test_rows_without_ids_are_told_apart_and_missing_columns_are_told() -> None:
             pick(TASKS, "task", {"name": name, "data": "."}).problems("train")
 
 
+def test_a_question_beside_the_prompt_reaches_the_rewards() -> None:
+    write_jsonl(Path("train.jsonl"), [{"prompt": "What is 2*3?", "question": "2*3", "answer": 6, "level": 1}])
+    [problem] = pick(TASKS, "task", "file:train.jsonl").problems("train")
+    assert problem.meta["columns"] == {"question": "2*3", "level": 1}
+    write_jsonl(Path("train.jsonl"), [{"question": "2*3", "answer": 6, "level": 1}])
+    [problem] = pick(TASKS, "task", "file:train.jsonl").problems("train")
+    assert problem.meta["columns"] == {"level": 1}
+
+
+def test_conversations_that_end_alike_are_problems_of_their_own() -> None:
+    def talk(about: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": about}, {"role": "user", "content": "Go on."}]
+
+    write_jsonl(Path("rows.jsonl"), [{"prompt": talk(str(i)), "answer": i} for i in range(200)])
+    task = pick(TASKS, "task", "file:rows.jsonl")
+    parts = {split: {problem.id for problem in task.problems(split)} for split in ("train", "validation", "test")}
+    assert sum(map(len, parts.values())) == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "last", "says"),
+    [
+        ({}, "assistant", "ends with a message of the assistant"),
+        ({"system": "Be brief."}, "user", "task.system is set"),
+        ({"prompt": "Q: {question}"}, "user", "task.prompt is set"),
+    ],
+)
+def test_what_cannot_be_done_with_messages_is_told(settings: dict[str, str], last: str, says: str) -> None:
+    write_jsonl(Path("train.jsonl"), [{"prompt": [{"role": last, "content": "2*3="}], "answer": 6}])
+    with pytest.raises((DataError, ConfigError), match=says):
+        pick(TASKS, "task", {"name": "file:train.jsonl", **settings}).problems("train")
+
+
 def test_missing_files_and_unknown_kinds() -> None:
     with pytest.raises(DataError, match="no such file"):
         pick(TASKS, "task", "file:none.jsonl").problems("train")

@@ -61,10 +61,9 @@ def train(
     if not resume:  # a mistake is reported before transformers is loaded
         models.locate(configs.settle(values or {}).model.name)
 
-    from shoestring.loop import train as run_training
-    from shoestring.loop import where_it_lies
+    from shoestring.loop import carried_out, where_it_lies
 
-    run = run_training(values, resume=resume, quiet=quiet, profile=profile)
+    run = carried_out(values, resume=resume, quiet=quiet, profile=profile)
     if not quiet:
         print(where_it_lies(run))
     if run.stopped_by:
@@ -120,7 +119,7 @@ def evaluate(
 
     With several completions of a problem the greedy accuracy stands beside them.
     """
-    from shoestring.evaluation import EvalSettings, first_problems
+    from shoestring.evaluation import EvalSettings, check_judges, first_problems
     from shoestring.overlap import overlap
 
     target, overrides = _split(arguments)
@@ -135,6 +134,7 @@ def evaluate(
     settings = replace(settings, allow_truncated_prompts=allow_truncated_prompts or truncated)
     if max_new_tokens is None and tokens is not None:
         settings = replace(settings, max_new_tokens=tokens)
+    check_judges(chosen)
     problems = first_problems(chosen, split, num)  # a wrong split or missing data is reported before the model loads
     shared = overlap(problems, trained_on)
     found = _evaluated(_policy(model), chosen, settings, show=not as_json)
@@ -344,7 +344,7 @@ def _target(target: str | None, task: str | None, overrides: list[str]) -> _Aske
         values = {"name": task}
     elif task is None and not saved and target is not None:
         raise ConfigError(
-            f'the model is "{target}"', "it is no run of ours, so it names no task", "add --task, as in --task svamp"
+            f'the model is "{target}"', "it is no run here, so it names no task", "add --task, as in --task svamp"
         )
     tables: dict[str, Any] = {"task": values, "model": model.model_dump(exclude_none=True)}
     for override in overrides:

@@ -130,6 +130,7 @@ def evaluate(
 ) -> Evaluation:
     """Samples every problem of the split (or its first `num`) and scores the texts with the task itself."""
     settings.check()
+    check_judges(task)
     if settings.greedy and settings.settled_temperature > 0:
         one_each = replace(settings, ks=(1,), samples=1, temperature=0.0)
         greedy = evaluate(policy, engine, task, one_each, progress)
@@ -151,6 +152,17 @@ def evaluate(
     return summarise(task, problems, rollouts, settings)
 
 
+def check_judges(task: Task) -> None:
+    """Raises `ConfigError` for a task that has no answers to judge by: every completion would count as wrong."""
+    judge = getattr(task, "of", (task,))[0]
+    if getattr(judge, "check", "") == "none":
+        raise ConfigError(
+            f'task.check of {judge.name} is "none", and evaluations judge by it',
+            "with nothing to compare answers with, every completion would count as wrong",
+            'name the column of right answers "answer" and write task.check = "math" or "text", or evaluate nothing',
+        )
+
+
 def first_problems(task: Task, split: str, num: int | None = None) -> list[Problem]:
     """The first `num` problems of a split (None: all), as far as there are so many."""
     problems = task.problems(split)
@@ -167,7 +179,7 @@ def summarise(
     low, high = interval([count / samples for count in counts])
     votes = [[task.vote(text) for text in rollout.texts] for rollout in rollouts]
     passes = {k: [pass_at_k(samples, count, k) for count in counts] for k in settings.ks}
-    majorities = {k: [majority(v, s, k) for v, s in zip(votes, solved, strict=True)] for k in settings.ks}
+    majorities = {k: [_majorities(v, s, k) for v, s in zip(votes, solved, strict=True)] for k in settings.ks}
     completions = [completion for rollout in rollouts for completion in rollout.completions]
     return Evaluation(
         task=task.name,
@@ -213,6 +225,12 @@ def majority(votes: Sequence[str | None], solved: Sequence[bool], k: int) -> flo
         return 0.0
     winner, _ = counted.most_common(1)[0]
     return float(solved[list(votes).index(winner)])
+
+
+def _majorities(votes: Sequence[str | None], solved: Sequence[bool], k: int) -> float:
+    """The mean over as many k completions as there are, each used once."""
+    starts = range(0, len(votes) - k + 1, k)
+    return statistics.mean(majority(votes[i : i + k], solved[i : i + k], k) for i in starts)
 
 
 def wilson(successes: int, trials: int) -> Interval:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from shoestring.clock import Clock
 from shoestring.config import RunConfig
 from shoestring.environment import command, quoted
 from shoestring.errors import ConfigError, NonFiniteError, ShoestringError
-from shoestring.evaluation import EvalSettings, evaluate, first_problems
+from shoestring.evaluation import EvalSettings, check_judges, evaluate, first_problems
 from shoestring.memory import capped, give_back
 from shoestring.models import check_quantisation, pick_device
 from shoestring.optim import build_optimizer, check_optimizer, learning_rate, set_learning_rate
@@ -81,8 +83,26 @@ def train(
     `prompt` (or `question`) and `answer`; they are written into the run's folder and take the place of the task.
     `resume` is the folder of a run to go on with. `profile` writes a trace of a step and the seconds by phase into the
     run's folder (see `shoestring.profiler`). Raises `ConfigError` and `DataError` before the model loads wherever that
-    is possible.
+    is possible. Ctrl-C and SIGTERM are held back until the step in hand is done and saved, and take their course then:
+    Ctrl-C raises `KeyboardInterrupt`.
     """
+    run = carried_out(config, rewards=rewards, data=data, resume=resume, quiet=quiet, profile=profile)
+    if run.stopped_by:
+        print(f"{len(run.reports)} steps are saved; to go on: {_to_go_on(run.folder, run.config)}", file=sys.stderr)
+        signal.raise_signal(run.stopped_by)
+    return run
+
+
+def carried_out(
+    config: RunConfig | Mapping[str, Any] | str | Path | None = None,
+    *,
+    rewards: Iterable[RewardFunction | str] | RewardFunction | str = (),
+    data: Iterable[Mapping[str, Any]] | None = None,
+    resume: str | Path | None = None,
+    quiet: bool = False,
+    profile: bool = False,
+) -> Run:
+    """As `train`, but a run that a signal has stopped is returned."""
     pool.refuse_inside_a_worker()
     rewards = (rewards,) if isinstance(rewards, str) or callable(rewards) else tuple(rewards)
     for given in rewards:
@@ -145,6 +165,7 @@ def _run(folder: Path, config: RunConfig, rewards: Rewards, *, quiet: bool, prof
         profiler.check(config.steps, done)
     problems = config.task.problems("train")
     if config.eval_every:
+        check_judges(config.task)
         config.task.problems(config.evaluation.split)  # a split that is not there is found now, not at its first use
     check_optimizer(config.optim, config.execution.device)
     check_quantisation(config.model)
@@ -277,16 +298,18 @@ def _saved_at(session: Session, state: State, errors: type[BaseException]) -> It
         if state.step and not isinstance(error, HalfAStep):
             try:
                 session.save(state)
-                session.reporter.warn(f"{state.step} steps are saved; to go on: {_to_go_on(session)}")
+                session.reporter.warn(
+                    f"{state.step} steps are saved; to go on: {_to_go_on(session.folder, session.config)}"
+                )
             except Exception as failed:  # it must not hide the first one
                 session.reporter.warn(f"{state.step} steps are done and cannot be saved: {failed}")
         raise
 
 
-def _to_go_on(session: Session) -> str:
-    if any(runs.is_python(name) for name in session.config.rewards.functions):
-        return f"train(resume={str(session.folder)!r}, rewards=[...])"
-    return f"{command()} train --resume {quoted(session.folder)}"
+def _to_go_on(folder: Path, config: RunConfig) -> str:
+    if any(runs.is_python(name) for name in config.rewards.functions):
+        return f"train(resume={str(folder)!r}, rewards=[...])"
+    return f"{command()} train --resume {quoted(folder)}"
 
 
 def _never_finite(state: State, folder: Path) -> NonFiniteError:
@@ -457,5 +480,5 @@ def where_it_lies(run: Run) -> str:
         f"evaluate: {command()} eval {quoted(run.folder)}{runs.split_hint(run.config)}",
     ]
     if len(run.reports) < run.config.steps:
-        lines.append(f"go on:    {command()} train --resume {quoted(run.folder)}")
+        lines.append(f"go on:    {_to_go_on(run.folder, run.config)}")
     return "\n".join(lines)

@@ -80,6 +80,9 @@ def _locate_folder(path: Path, name: str) -> Source:
     for adapter in (path, path / "adapter"):
         if (adapter / "adapter_config.json").is_file():
             return locate(_base_name(path, adapter))._replace(adapter=adapter)
+    if (path / "checkpoints").is_dir():
+        why = "that run has not come to its end, which writes its model"
+        raise ConfigError(f'model is "{name}"', why, "go on with it first: train --resume")
     raise ConfigError(
         f'model is "{name}"',
         "the folder holds no config.json, no model/ and no adapter/",

@@ -52,6 +52,8 @@ def open_run(
         settled = configs.settle({**values, "task": {**task, "name": f"file:{path.parent}"}, "out": str(folder)})
     else:
         settled = config if isinstance(config, RunConfig) else configs.settle(_values(config))
+        if not rewards:
+            _refuse_python("the config is that of a run from Python", settled, "train(..., rewards=[...])")
         folder = _new_folder(settled.out, settled.task.name, settled.algorithm.name)
         settled = settled.model_copy(update={"out": str(folder)})
     settled = _with_rewards(settled, rewards)
@@ -79,18 +81,23 @@ def is_python(name: str) -> bool:
 
 
 def _check_rewards_are_back(folder: Path, config: RunConfig, rewards: Sequence[Any]) -> None:
-    missing = [name.removeprefix(_PYTHON) for name in config.rewards.functions if is_python(name)]
     if rewards and _with_rewards(config, rewards) != config:
         raise ConfigError(
             f"the run to resume is {folder}, and the rewards are {', '.join(map(_reward_name, rewards))}",
             f"it was started with {', '.join(config.rewards.functions)}",
             "resume with the same rewards, or start a new run",
         )
-    if missing and not rewards:
+    if not rewards:
+        _refuse_python(f"the run to resume is {folder}", config, "train(resume=..., rewards=[...])")
+
+
+def _refuse_python(given: str, config: RunConfig, call: str) -> None:
+    missing = [name.removeprefix(_PYTHON) for name in config.rewards.functions if is_python(name)]
+    if missing:
         raise ConfigError(
-            f"the run to resume is {folder}",
+            given,
             f"its rewards were the Python functions {', '.join(missing)}, which only Python can hand over again",
-            "resume it from Python: train(resume=..., rewards=[...])",
+            f"call it from Python: {call}",
         )
 
 

@@ -55,7 +55,9 @@ def as_config_error(error: ValidationError, cls: type[BaseModel], where: str = "
     path = path[:tag]  # no tags of unions
     name = ".".join(([where] if where else []) + path) or cls.__name__
     if fault["type"] == "extra_forbidden":
-        return ConfigError(f'"{name}" is set', "there is no such setting", nearest(path[-1], _fields(cls, path[:-1])))
+        known = _elsewhere(path[-1], cls) if len(path) == 1 or path[-1] in _OF_TRL else ""
+        write = f"write {known}" if known else nearest(path[-1], _fields(cls, path[:-1]))
+        return ConfigError(f'"{name}" is set', "there is no such setting", write)
     if fault["type"] == "missing" and isinstance(fault["loc"][-1], int):
         places = [f["loc"][-1] for f in faults if f["type"] == "missing" and f["loc"][:-1] == fault["loc"][:-1]]
         needed = 1 + max(place for place in places if isinstance(place, int))
@@ -66,6 +68,42 @@ def as_config_error(error: ValidationError, cls: type[BaseModel], where: str = "
     if isinstance(cause, ConfigError):
         return cause
     return ConfigError(f"{name} is {fault['input']!r}", "it cannot be used", fault["msg"].removeprefix("Value error, "))
+
+
+# What TRL's GRPOConfig and PEFT's LoraConfig call it, where that is not our name.
+_OF_TRL = {
+    "bf16": "model.dtype",
+    "epsilon": "objective.clip_low",
+    "epsilon_high": "objective.clip_high",
+    "eval_steps": "eval_every",
+    "gradient_checkpointing": "execution.checkpointing",
+    "learning_rate": "optim.lr",
+    "lora_alpha": "adapter.alpha",
+    "lr_scheduler_type": "optim.schedule",
+    "max_completion_length": "sampling.max_new_tokens",
+    "max_prompt_length": "sampling.max_prompt_tokens",
+    "max_steps": "steps",
+    "num_generations": "sampling.num_completions",
+    "num_iterations": "objective.updates",
+    "output_dir": "out",
+    "per_device_eval_batch_size": "evaluation.num",
+    "per_device_train_batch_size": "sampling.num_prompts",
+    "reward_funcs": "rewards.functions",
+    "reward_weights": "rewards.weights",
+    "save_steps": "save_every",
+    "target_modules": "adapter.modules",
+}
+
+
+def _elsewhere(name: str, cls: type[BaseModel]) -> str:
+    """Where a setting stands that was looked for at the top, by our name or TRL's; empty if nowhere."""
+    if name in _OF_TRL:
+        return _OF_TRL[name]
+    for table, field in cls.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and name in inner.model_fields:
+            return f"{table}.{name}"
+    return ""
 
 
 def _fields(cls: type[BaseModel], path: list[str]) -> list[str]:

@@ -90,7 +90,7 @@ def _started(trial: Trial, card: str | None) -> subprocess.Popen[bytes]:
 
 def _process(trial: Trial) -> None:
     """Trains, or goes on, and evaluates greedily: first what the trial started from, then what came of it."""
-    from shoestring.loop import train
+    from shoestring.loop import carried_out
     from shoestring.memory import give_back
 
     config, folder = trial.config, trial.folder
@@ -98,7 +98,7 @@ def _process(trial: Trial) -> None:
         for outdated in folder.glob("evaluation-*.json"):
             outdated.unlink()
     goes_on = (folder / "config.toml").is_file()
-    run = train(all_but_out(config), resume=folder) if goes_on else train(config)
+    run = carried_out(all_but_out(config), resume=folder) if goes_on else carried_out(config)
     if run.stopped_by:
         raise SystemExit(128 + run.stopped_by)
     wave_tokens, device = run.reports[-1].wave_tokens, run.policy.device

@@ -13,6 +13,7 @@ from shoestring import checkpoint, models, runs
 from shoestring import config as configs
 from shoestring.config import RunConfig
 from shoestring.errors import ConfigError
+from shoestring.evaluation import check_judges
 from shoestring.tasks.base import stable_hash
 
 
@@ -136,6 +137,7 @@ def _check(trials: Sequence[Trial]) -> None:
                 "what is chosen on the test problems cannot be judged on them",
                 'write evaluation.split = "validation"',
             )
+        check_judges(config.task)
         for split in ("train", trial.split, *([own.split] if config.eval_every else [])):
             splits[repr(config.task), split] = config.task
         if (folder / "config.toml").is_file():

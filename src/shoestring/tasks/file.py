@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -82,14 +83,42 @@ class File(Checked):
             raise DataError(
                 f"{where} has the columns {columns}", "none of them asks", 'name one "prompt" or "question"'
             )
-        meta: dict[str, Any] = {"columns": {k: v for k, v in row.items() if k not in ("prompt", "question", "answer")}}
+        asked = "prompt" if "prompt" in row else "question"
+        meta: dict[str, Any] = {"columns": {k: v for k, v in row.items() if k not in (asked, "answer")}}
+        text = question
         if not isinstance(question, str):
-            meta["messages"] = _messages(question, where)
-            question = meta["messages"][-1]["content"]
+            meta["messages"] = self._messages(question, where)
+            question, text = meta["messages"][-1]["content"], json.dumps(meta["messages"])
         if row.get("solution"):
             meta["solution"] = str(row["solution"])
-        identity = str(row.get("id") or f"{Path(source).name}-{stable_hash(question):016x}")
+        identity = str(row.get("id") or f"{Path(source).name}-{stable_hash(text):016x}")
         return Problem(identity, question, self._answer(row, where), meta)
+
+    def _messages(self, value: Any, where: str) -> Messages:
+        """A row's chat messages, which stand as they are."""
+        if not (
+            isinstance(value, list)
+            and value
+            and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+        ):
+            raise DataError(
+                f"{where} has the prompt {value!r}",
+                "it is neither text nor messages",
+                'write text or [{"role": ..., "content": ...}]',
+            )
+        if value[-1]["role"] == "assistant":
+            raise DataError(
+                f"the prompt of {where} ends with a message of the assistant",
+                "the answer is a message of its own, and would stand behind it",
+                "end with a message of the user",
+            )
+        if self.system is not None or self.prompt != type(self).model_fields["prompt"].default:
+            raise ConfigError(
+                f"task.{'system' if self.system is not None else 'prompt'} is set, and {where} has chat messages",
+                "messages are put to the model as they are",
+                "write it into the messages, or give the prompts as text",
+            )
+        return [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
 
     def _answer(self, row: Row, where: str) -> str:
         if self.check == "none":
@@ -130,22 +159,9 @@ class Hub(File):
         return list(hub_rows(source, split)), "all"
 
 
-def _messages(value: Any, where: str) -> Messages:
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
-    ):
-        return [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
-    raise DataError(
-        f"{where} has the prompt {value!r}",
-        "it is neither text nor messages",
-        'write text or [{"role": ..., "content": ...}]',
-    )
-
-
 def _split_of(problem: Problem) -> str:
-    place = stable_hash("file", problem.question) % 100
+    messages = problem.meta.get("messages")
+    place = stable_hash("file", json.dumps(messages) if messages else problem.question) % 100
     return "train" if place < 90 else "validation" if place < 95 else "test"
 
 
