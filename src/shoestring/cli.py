@@ -398,7 +398,10 @@ def _print_plan(config: RunConfig, plan: Plan) -> None:
         )
     console.print(table)
     budget = f" of a budget of {size_text(plan.budget)}" if plan.budget is not None else ""
-    fits = "" if plan.fits else f" It does not fit: this run needs {size_text(plan.smallest)} at least."
+    needed = (
+        f' It does not fit, with what is kept free for the allocator: write memory = "{plan.least_memory}" or more.'
+    )
+    fits = "" if plan.fits else needed
     console.print(f"Peak of a step: {size_text(plan.peak)}{budget}.{fits}", highlight=False)
     recomputed = ", layers recomputed in the backward pass" if plan.sizes.checkpointing else ""
     console.print(
@@ -408,8 +411,9 @@ def _print_plan(config: RunConfig, plan: Plan) -> None:
     )
     for note in plan.notes:
         console.print(f"Note: {note}.", highlight=False)
-    table = Table(title="with one setting changed")
-    least = "peak" if plan.fits else "least budget"
+    now = "" if plan.budget is None else f" (as it is: {plan.least_memory})"
+    table = Table(title=f"with one setting changed{now}")
+    least = "peak" if plan.budget is None else "least budget"
     for heading in ("setting", least):
         table.add_column(heading, justify="right" if heading == least else "left")
     for alternative in plan.alternatives:

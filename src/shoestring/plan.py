@@ -79,6 +79,11 @@ class Plan:
         return _fits(self.work, self.peak, self.budget)
 
     @property
+    def least_memory(self) -> str:
+        """The smallest budget as `memory` takes it."""
+        return f"{-(-self.smallest // 2**20)}MiB"
+
+    @property
     def waves(self) -> int:
         return -(-self.work.rows // self.sizes.wave_rows)
 
@@ -143,7 +148,7 @@ def check(plan: Plan) -> None:
     raise ConfigError(
         f"memory is {size_text(plan.budget)}",
         f"with one completion sampled and one row trained at a time this run needs {size_text(plan.smallest)}",
-        f'write memory = "{-(-plan.smallest // 2**20)}MiB"{more}',
+        f'write memory = "{plan.least_memory}"{more}',
     )
 
 
@@ -392,11 +397,12 @@ def _phases(work: Work, sizes: Sizes) -> tuple[Phase, ...]:
 
 
 def _alternatives(config: RunConfig, work: Work, sizes: Sizes, budget: int | None) -> tuple[Alternative, ...]:
-    """The peak under other settings: of the same pieces, or, where the budget is too small for the smallest pieces, the
-    least budget."""
-    too_small = not _fits(work, _peak(work, sizes), budget)
+    """What other settings would take: without a budget the peak of the same pieces; under one, which pieces are chosen
+    to fill, the least budget."""
     found = []
     for overrides, note, pieces in _changes(config, work, sizes):
+        if budget is not None and pieces != sizes:
+            continue
         values: dict[str, Any] = config.model_dump(
             exclude_none=True, exclude={"rewards"}
         )  # Python functions have no name
@@ -405,7 +411,7 @@ def _alternatives(config: RunConfig, work: Work, sizes: Sizes, budget: int | Non
         changed = configs.settle(values)
         prompt = min(work.prompt, changed.sampling.max_prompt_tokens or work.prompt)
         step = replace(work_of(changed, work.shape, prompt, gpu=work.gpu), padded=work.padded)
-        peak = _least_budget(changed, step) if too_small else _peak(step, pieces)
+        peak = _peak(step, pieces) if budget is None else _least_budget(changed, step)
         found.append(Alternative(", ".join(overrides) + note, peak))
     return tuple(found)
 
