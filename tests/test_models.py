@@ -111,6 +111,19 @@ def test_a_run_folder_is_its_configs_model_with_the_runs_adapter(config: str, ba
     assert locate("run") == Source(base, None, Path("run/adapter"))
 
 
+def test_a_runs_base_is_found_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model_folder("warm/model")
+    train({**SMALL, "model": "warm"}, rewards=[varied], quiet=True)
+    noted = json.loads(Path("run/adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert noted == str(Path("warm/model").absolute())
+    run = Path("run").absolute()
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    for folder in (run, run / "adapter"):
+        assert locate(str(folder)) == Source(noted, None, run / "adapter" if folder == run else folder)
+        load_policy(ModelSettings(name=str(folder)), device="cpu")
+
+
 def test_an_adapter_folder_is_the_base_that_peft_wrote_down_with_it() -> None:
     Path("adapter").mkdir()
     Path("adapter/adapter_config.json").write_text('{"base_model_name_or_path": "org/other"}')

@@ -91,21 +91,24 @@ def _locate_folder(path: Path, name: str) -> Source:
 
 
 def _base_name(run: Path, adapter: Path) -> str:
-    """The base model of an adapter: what the run's own config says, else what PEFT wrote down."""
+    """The base model of an adapter: what the run's own config says, else what PEFT wrote down, which is taken too for a
+    config's path that leads nowhere from here."""
+    try:
+        noted = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        noted = None
     if (run / "config.toml").is_file():
         model = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get("model", TINY)
-        return model if isinstance(model, str) else model.get("name", TINY)
-    try:
-        name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        name = None
-    if not isinstance(name, str) or not name:
+        name = model if isinstance(model, str) else model.get("name", TINY)
+        there = name in (TINY, *LOCAL_OR_HUB) or Path(name).expanduser().exists()
+        return noted if not there and isinstance(noted, str) and Path(noted).exists() else name
+    if not isinstance(noted, str) or not noted:
         raise ConfigError(
             f'model is "{run}"',
             "its adapter_config.json does not say which model it belongs to",
             "write that model's name there, under base_model_name_or_path",
         )
-    return name
+    return noted
 
 
 # What these say when PEFT imports them is of no use to who runs a model without them.

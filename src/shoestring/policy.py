@@ -348,8 +348,10 @@ def load_policy(
             first = copy.deepcopy(base).requires_grad_(False) if keep_reference else None
         else:
             adapted = model
-            if source.gguf_file:  # PEFT would note the file's folder only
-                adapted.peft_config["default"].base_model_name_or_path = settings.name  # type: ignore[index,union-attr]
+            whence = Path(settings.name if source.gguf_file else source.path).expanduser()
+            if whence.exists():  # so that the adapter finds it from any folder
+                base_name = str(whence.absolute())
+                adapted.peft_config["default"].base_model_name_or_path = base_name  # type: ignore[index,union-attr]
     (adapted or base).eval()
     return Policy(base, tokenizer, adapted, settings.name, first)
 
