@@ -20,9 +20,9 @@ from shoestring import ConfigError, DataError, train
 from shoestring import checkpoint as checkpoints
 from shoestring.checkpoint import prune
 from shoestring.errors import NonFiniteError
+from shoestring.locks import locked
 from shoestring.loop import order, where_it_lies
 from shoestring.policy import Policy
-from shoestring.runs import locked
 from shoestring.samplers.base import Sampling
 from shoestring.samplers.hf import HfEngine
 from shoestring.types import Completion

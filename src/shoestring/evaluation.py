@@ -15,7 +15,7 @@ from shoestring.errors import ConfigError
 from shoestring.policy import Policy
 from shoestring.rollout import Rollout, encode, roll_out
 from shoestring.samplers.base import Engine, Sampling
-from shoestring.tasks.base import Task, stable_hash
+from shoestring.tasks.base import Task, has_answers, parts, stable_hash
 from shoestring.types import Problem
 
 _Z95 = 1.959963984540054
@@ -154,8 +154,8 @@ def evaluate(
 
 def check_judges(task: Task) -> None:
     """Raises `ConfigError` for a task that has no answers to judge by: every completion would count as wrong."""
-    judge = getattr(task, "of", (task,))[0]
-    if getattr(judge, "check", "") == "none":
+    judge = parts(task)[0]
+    if not has_answers(judge):
         raise ConfigError(
             f'task.check of {judge.name} is "none", and evaluations judge by it',
             "with nothing to compare answers with, every completion would count as wrong",

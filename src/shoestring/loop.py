@@ -21,6 +21,7 @@ from shoestring.config import RunConfig
 from shoestring.environment import command, quoted
 from shoestring.errors import ConfigError, NonFiniteError, ShoestringError
 from shoestring.evaluation import EvalSettings, check_judges, evaluate, first_problems
+from shoestring.locks import locked
 from shoestring.memory import capped, give_back
 from shoestring.models import check_quantisation, pick_device
 from shoestring.optim import build_optimizer, check_optimizer, learning_rate, set_learning_rate
@@ -37,7 +38,7 @@ from shoestring.rounds import Round, Sampled, joined, wanted
 from shoestring.samplers.base import Engine
 from shoestring.signals import held_back
 from shoestring.summary import Done, step_report, warnings
-from shoestring.tasks.base import stable_hash
+from shoestring.tasks.base import has_answers, parts, stable_hash
 from shoestring.types import Group, Problem, Prompt, StepReport
 
 # A step whose gradient is not finite is skipped; so many in a row are no accident.
@@ -109,7 +110,7 @@ def carried_out(
         if not isinstance(given, str) and not callable(given):
             raise ConfigError(f"rewards holds {given!r}", "it cannot be called", 'give functions, or "task"')
     folder, settled = runs.open_run(config, data=data, resume=resume, rewards=rewards)
-    with runs.locked(folder):
+    with locked(folder):
         try:
             scorer = Rewards(rewards or settled.rewards.functions, settled.rewards.weights)
             return _run(folder, settled, scorer, quiet=quiet, profile=profile)
@@ -154,8 +155,7 @@ def _run(folder: Path, config: RunConfig, rewards: Rewards, *, quiet: bool, prof
         raise ConfigError(
             f"steps is {config.steps}, and {folder} has done {done}", "a run does not go back", "write more steps"
         )
-    parts = getattr(config.task, "of", (config.task,))
-    if "task" in config.rewards.functions and any(getattr(part, "check", "") == "none" for part in parts):
+    if "task" in config.rewards.functions and not all(map(has_answers, parts(config.task))):
         raise ConfigError(
             'task.check is "none"',
             '"task" is among the rewards, and it has nothing to compare answers with',

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoestring.errors import ShoestringError
-from shoestring.tasks.base import Task
+from shoestring.tasks.base import Task, parts
 from shoestring.tasks.rows import Checked
 from shoestring.types import Problem
 
@@ -33,12 +33,11 @@ def overlap(problems: Sequence[Problem], trained_on: Task) -> Overlap | None:
 
     None where that split is made, not read (no text of such a task is in two splits), or is not there.
     """
-    every: Sequence[Task] = getattr(trained_on, "of", (trained_on,))
-    parts = [part for part in every if isinstance(part, Checked)]
-    if not parts:
+    read = [part for part in parts(trained_on) if isinstance(part, Checked)]
+    if not read:
         return None
     try:
-        seen = {_text(problem) for part in parts for problem in part.problems("train")}
+        seen = {_text(problem) for part in read for problem in part.problems("train")}
     except ShoestringError:
         return None
     shared = [problem for problem in problems if _text(problem) in seen]

@@ -86,8 +86,6 @@ _OF_TRL = {
     "num_generations": "sampling.num_completions",
     "num_iterations": "objective.updates",
     "output_dir": "out",
-    "per_device_eval_batch_size": "evaluation.num",
-    "per_device_train_batch_size": "sampling.num_prompts",
     "reward_funcs": "rewards.functions",
     "reward_weights": "rewards.weights",
     "save_steps": "save_every",

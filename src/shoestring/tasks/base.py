@@ -70,6 +70,16 @@ class Asking(Settings):
         return [*system, {"role": "user", "content": self.prompt.replace("{question}", problem.question)}]
 
 
+def parts(task: Task) -> tuple[Task, ...]:
+    """The tasks that a mixture is made of, the one that judges first; any other task by itself."""
+    return getattr(task, "of", (task,))
+
+
+def has_answers(task: Task) -> bool:
+    """Whether a task of one part has anything to compare an answer with."""
+    return getattr(task, "check", "") != "none"
+
+
 def plain_text(messages: Messages) -> str:
     """The messages as bare text, for models without a chat template."""
     return "\n\n".join(message["content"] for message in messages)

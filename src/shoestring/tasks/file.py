@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,13 +85,12 @@ class File(Checked):
             )
         asked = "prompt" if "prompt" in row else "question"
         meta: dict[str, Any] = {"columns": {k: v for k, v in row.items() if k not in (asked, "answer")}}
-        text = question
         if not isinstance(question, str):
             meta["messages"] = self._messages(question, where)
-            question, text = meta["messages"][-1]["content"], json.dumps(meta["messages"])
+            question = meta["messages"][-1]["content"]
         if row.get("solution"):
             meta["solution"] = str(row["solution"])
-        identity = str(row.get("id") or f"{Path(source).name}-{stable_hash(text):016x}")
+        identity = str(row.get("id") or f"{Path(source).name}-{stable_hash(_whole(question, meta)):016x}")
         return Problem(identity, question, self._answer(row, where), meta)
 
     def _messages(self, value: Any, where: str) -> Messages:
@@ -159,9 +158,13 @@ class Hub(File):
         return list(hub_rows(source, split)), "all"
 
 
+def _whole(question: str, meta: Mapping[str, Any]) -> str:
+    """All that is asked: of a conversation every message."""
+    return json.dumps(meta["messages"]) if "messages" in meta else question
+
+
 def _split_of(problem: Problem) -> str:
-    messages = problem.meta.get("messages")
-    place = stable_hash("file", json.dumps(messages) if messages else problem.question) % 100
+    place = stable_hash("file", _whole(problem.question, problem.meta)) % 100
     return "train" if place < 90 else "validation" if place < 95 else "test"
 
 
