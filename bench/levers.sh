@@ -44,7 +44,9 @@ lever t-spmo-refilled svamp-smollm2-t-spmo sampling.dynamic_sampling=4
 lever t-spmo-branching svamp-smollm2-t-spmo algorithm.u_count=branching
 lever t-spmo-refilled-branching svamp-smollm2-t-spmo sampling.dynamic_sampling=4 algorithm.u_count=branching
 lever t-spmo-refilled-warmer svamp-smollm2-t-spmo sampling.dynamic_sampling=4 sampling.temperature=0.7
+lever more-prompts svamp-smollm2 sampling.num_prompts=64
 lever t-spmo-more-prompts svamp-smollm2-t-spmo sampling.num_prompts=64
+lever t-spmo-more-prompts-warmer svamp-smollm2-t-spmo sampling.num_prompts=64 sampling.temperature=0.7
 for process in "${begun[@]}"; do wait "$process" || failed=1; done
 python3 bench/levers.py svamp-levers levers
 exit $failed

@@ -67,8 +67,9 @@ def tuned(name: str) -> str:
     """Of bench/tuned.sh: three rates of each method, then seeds at the best of them."""
     found, tuning = result(name), result(f"{name}-lr")
     base = found["rows"][0]
-    longer = result(f"{name}-longer")["rows"] if (RESULTS / f"{name}-longer.json").is_file() else []
-    of_all = [*found["rows"], *longer]
+    beside = [f"{name}-{kind}" for kind in ("wider", "longer")]
+    more = [r for other in beside if (RESULTS / f"{other}.json").is_file() for r in result(other)["rows"]]
+    of_all = [*found["rows"], *more]
     befores = {r["base_accuracy"]: f"{r['base_low']:.1%} to {r['base_high']:.1%}" for r in of_all}
     before = "; ".join(f"{accuracy:.1%} ({interval})" for accuracy, interval in befores.items())
     rates = sorted({r["lr"] for r in tuning["rows"]})
@@ -79,9 +80,9 @@ def tuned(name: str) -> str:
     rows = [["before", *[""] * len(rates), "", before, "", "", at_first, *abroad, *[""] * 4]]
     kinds = {f"`{r['method']}`": r["method"] for r in found["rows"]}
     runs_of = {label: [r for r in found["rows"] if r["method"] == method] for label, method in kinds.items()}
-    for r in longer:
-        more = "" if r["task"] == base["task"] else f", {r['task']}"
-        runs_of.setdefault(f"`{r['method']}`, {_size(r)}{more}", []).append(r)
+    for r in more:
+        on = "" if r["task"] == base["task"] else f", {r['task']}"
+        runs_of.setdefault(f"`{r['method']}`, {_size(r)}{on}", []).append(r)
     for label, runs in runs_of.items():
         chosen, accuracy, each, *cost = _over_seeds(runs)
         gains = "; ".join(
@@ -144,7 +145,9 @@ def svamp_warmer() -> str:
 def _passes(found: list[dict[str, Any]]) -> str:
     """pass@k, means over the runs in which it was measured."""
     measured = [f["pass_at_k"] for f in found if f]
-    return ", ".join(f"{statistics.mean(m[k] for m in measured):.1%}" for k in measured[0]) if measured else "not yet"
+    return (
+        ", ".join(f"{statistics.mean(m[k] for m in measured):.1%}" for k in measured[0]) if measured else "not measured"
+    )
 
 
 def _size(row: dict[str, Any]) -> str:
@@ -154,7 +157,7 @@ def _size(row: dict[str, Any]) -> str:
 def _elsewhere(found: list[dict[str, Any]], name: str) -> str:
     """Greedy accuracy on other problems, over the runs in which it was measured."""
     measured = [f[name]["accuracy"] for f in found if name in f]
-    return spread(measured, ".1%") if measured else "not yet"
+    return spread(measured, ".1%") if measured else "not measured"
 
 
 def where(found: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ python bench/tuned.py NAME seeds METHOD SEEDS       which of these it lacks at t
 python bench/tuned.py NAME best METHOD              the learning rate that did best
 python bench/tuned.py NAME runs METHOD              the folders of the final runs
 
-NAME-longer: its runs of more steps.
+NAME-longer, NAME-wider: its runs of more steps, or of more prompts a step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sweeps import METHODS, ROOT, best_rate, read, row, write
 
 RUNS, RESULTS = ROOT / "runs", ROOT / "bench" / "results"
 RATES = (1e-4, 3e-4, 1e-3)
+MORE = ("longer", "wider")
 MORE_RATES = {"multiply-embedded-hard": (3e-3,)}
 PASSES = ("accuracy", "pass_at_k", "pass_at_k_interval", "samples", "truncated")
 GREEDY = ("accuracy", "low", "high", "problems")
@@ -42,7 +43,9 @@ def missing_seeds(name: str, method: str, wanted: str) -> str:
 
 
 def best(name: str, method: str) -> float:
-    tried = rows(f"{name.removesuffix('-longer')}-lr")
+    for kind in MORE:
+        name = name.removesuffix(f"-{kind}")
+    tried = rows(f"{name}-lr")
     return best_rate((r["accuracy"], r["lr"]) for r in tried if r["method"] == method)
 
 
@@ -90,7 +93,8 @@ def main(name: str) -> None:
     }
     kept = {key: before[key] for key in base if key in before}
     collect(name, name, "sweep.json", "test", **base | kept if not any(base.values()) else base)
-    collect(f"{name}-longer", f"{name}-longer", "sweep.json", "test")
+    for kind in MORE:
+        collect(f"{name}-{kind}", f"{name}-{kind}", "sweep.json", "test")
 
 
 if __name__ == "__main__":

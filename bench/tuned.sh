@@ -6,7 +6,8 @@
 # multiply-embedded-harder (a CPU).
 # Stages in order: sft rates seeds passes elsewhere; default: all. Methods (METHODS, all three where nothing is said) run
 # beside each other, each with AT_ONCE runs or evaluations at a time, so a run's seconds are not those it takes alone.
-# Stage longer, on request: 300 steps at the same rate, with 32 completions of a prompt or more kinds of problems.
+# Stages on request, at the same rate: longer, 300 steps with 32 completions of a prompt or more kinds of problems; wider,
+# 64 prompts of a step.
 set -euo pipefail
 shoestring=(python3 -m shoestring)
 name=$1
@@ -15,6 +16,7 @@ start=runs/$name-sft trained=()
 # The recipes' name, what the warm start and all else take, what training takes besides, how pass@k is judged, what else
 # greedily (a name and how), and what changes in longer runs, of which methods and seeds.
 longer=(steps=300 eval_every=50 sampling.num_completions=32) longer_methods=(grpo) longer_seeds=0
+wider=(sampling.num_prompts=64)
 case $name in
   svamp-smollm2)
     recipe=$name sft=(recipes/smollm2-sft.toml) settings=()
@@ -70,12 +72,18 @@ seeds() {
 
 # More of the same.
 longer() {
-  local rate missing
   [[ " ${longer_methods[*]} " == *" $1 "* ]] || return 0
-  rate=$(python3 bench/tuned.py "$name" best "$1")
-  missing=$(python3 bench/tuned.py "$name-longer" seeds "$1" "$longer_seeds")
-  [ -z "$missing" ] || swept "$1" "optim.lr=$rate" "${longer[@]}" --seeds "$missing" --split test --out "runs/$name-longer-$1"
-  for what in pass judge_elsewhere; do of_models $what "$1" "$name-longer"; done
+  more longer "$1" "$longer_seeds" "${longer[@]}"
+}
+wider() { more wider "$1" 0,1,2 "${wider[@]}"; }
+
+# STAGE METHOD SEEDS, then settings.
+more() {
+  local rate missing
+  rate=$(python3 bench/tuned.py "$name" best "$2")
+  missing=$(python3 bench/tuned.py "$name-$1" seeds "$2" "$3")
+  [ -z "$missing" ] || swept "$2" "optim.lr=$rate" "${@:4}" --seeds "$missing" --split test --out "runs/$name-$1-$2"
+  for what in pass judge_elsewhere; do of_models $what "$2" "$name-$1"; done
 }
 
 # pass@k at temperature 1 of a method's final runs, or of the warm start.
@@ -125,7 +133,7 @@ for stage in "$@"; do
 done
 stages_of() {
   for stage in "${later[@]}"; do
-    case $1-$stage in base-rates | base-seeds) ;; *) "$stage" "$1" ;; esac
+    case $1-$stage in base-rates | base-seeds | base-longer | base-wider) ;; *) "$stage" "$1" ;; esac
   done
 }
 for method in base ${METHODS:-grpo s-grpo t-spmo}; do stages_of "$method" & begun+=($!); done
