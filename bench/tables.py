@@ -67,7 +67,7 @@ def tuned(name: str) -> str:
     """Of bench/tuned.sh: three rates of each method, then seeds at the best of them."""
     found, tuning = result(name), result(f"{name}-lr")
     base = found["rows"][0]
-    beside = [f"{name}-{kind}" for kind in ("wider", "longer")]
+    beside = [f"{name}-{kind}" for kind in ("refilled", "longer")]
     more = [r for other in beside if (RESULTS / f"{other}.json").is_file() for r in result(other)["rows"]]
     of_all = [*found["rows"], *more]
     befores = {r["base_accuracy"]: f"{r['base_low']:.1%} to {r['base_high']:.1%}" for r in of_all}

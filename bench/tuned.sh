@@ -6,8 +6,8 @@
 # multiply-embedded-harder (a CPU).
 # Stages in order: sft rates seeds passes elsewhere; default: all. Methods (METHODS, all three where nothing is said) run
 # beside each other, each with AT_ONCE runs or evaluations at a time, so a run's seconds are not those it takes alone.
-# Stages on request, at the same rate: longer, 300 steps with 32 completions of a prompt or more kinds of problems; wider,
-# 64 prompts of a step.
+# Stages on request, at the same rate: longer, 300 steps with 32 completions of a prompt or more kinds of problems; refilled,
+# as before but that groups without signal are replaced (within four times the samples), and with |U| = branching in T-SPMO.
 set -euo pipefail
 shoestring=(python3 -m shoestring)
 name=$1
@@ -16,7 +16,7 @@ start=runs/$name-sft trained=()
 # The recipes' name, what the warm start and all else take, what training takes besides, how pass@k is judged, what else
 # greedily (a name and how), and what changes in longer runs, of which methods and seeds.
 longer=(steps=300 eval_every=50 sampling.num_completions=32) longer_methods=(grpo) longer_seeds=0
-wider=(sampling.num_prompts=64)
+refilled=(sampling.dynamic_sampling=4)
 case $name in
   svamp-smollm2)
     recipe=$name sft=(recipes/smollm2-sft.toml) settings=()
@@ -75,7 +75,11 @@ longer() {
   [[ " ${longer_methods[*]} " == *" $1 "* ]] || return 0
   more longer "$1" "$longer_seeds" "${longer[@]}"
 }
-wider() { more wider "$1" 0,1,2 "${wider[@]}"; }
+refilled() {
+  local own=()
+  [ "$1" != t-spmo ] || own=(algorithm.u_count=branching)
+  more refilled "$1" 0,1,2 "${refilled[@]}" "${own[@]}"
+}
 
 # STAGE METHOD SEEDS, then settings.
 more() {
@@ -133,7 +137,7 @@ for stage in "$@"; do
 done
 stages_of() {
   for stage in "${later[@]}"; do
-    case $1-$stage in base-rates | base-seeds | base-longer | base-wider) ;; *) "$stage" "$1" ;; esac
+    case $1-$stage in base-rates | base-seeds | base-longer | base-refilled) ;; *) "$stage" "$1" ;; esac
   done
 }
 for method in base ${METHODS:-grpo s-grpo t-spmo}; do stages_of "$method" & begun+=($!); done

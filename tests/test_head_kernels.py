@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def test_by_the_interpreter() -> None:
         timeout=600,
         check=False,
     )
+    if "only 0-dimensional arrays can be converted" in done.stdout:
+        pytest.skip(f"the interpreter of Triton {version('triton')} cannot loop under numpy {version('numpy')}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 
