@@ -67,9 +67,9 @@ def tuned(name: str) -> str:
     """Of bench/tuned.sh: three rates of each method, then seeds at the best of them."""
     found, tuning = result(name), result(f"{name}-lr")
     base = found["rows"][0]
-    beside = [f"{name}-{kind}" for kind in ("refilled", "longer")]
-    more = [r for other in beside if (RESULTS / f"{other}.json").is_file() for r in result(other)["rows"]]
-    of_all = [*found["rows"], *more]
+    beside = [kind for kind in ("refilled", "longer") if (RESULTS / f"{name}-{kind}.json").is_file()]
+    more = [(kind, r) for kind in beside for r in result(f"{name}-{kind}")["rows"]]
+    of_all = [*found["rows"], *(r for _, r in more)]
     befores = {r["base_accuracy"]: f"{r['base_low']:.1%} to {r['base_high']:.1%}" for r in of_all}
     before = "; ".join(f"{accuracy:.1%} ({interval})" for accuracy, interval in befores.items())
     rates = sorted({r["lr"] for r in tuning["rows"]})
@@ -80,9 +80,10 @@ def tuned(name: str) -> str:
     rows = [["before", *[""] * len(rates), "", before, "", "", at_first, *abroad, *[""] * 4]]
     kinds = {f"`{r['method']}`": r["method"] for r in found["rows"]}
     runs_of = {label: [r for r in found["rows"] if r["method"] == method] for label, method in kinds.items()}
-    for r in more:
+    for kind, r in more:
+        size = "refilled" if kind == "refilled" else _size(r)
         on = "" if r["task"] == base["task"] else f", {r['task']}"
-        runs_of.setdefault(f"`{r['method']}`, {_size(r)}{on}", []).append(r)
+        runs_of.setdefault(f"`{r['method']}`, {size}{on}", []).append(r)
     for label, runs in runs_of.items():
         chosen, accuracy, each, *cost = _over_seeds(runs)
         gains = "; ".join(
@@ -343,20 +344,20 @@ def breadth() -> str:
 def svamp_levers() -> str:
     found = result("svamp-levers")
     rows = []
-    for r in sorted(found["rows"], key=lambda r: (r["method"], r["lever"])):
-        trained = f"{r['train_accuracy']:.0%}"
+    for r in sorted(found["rows"], key=lambda r: (r["base_accuracy"], r["method"], r["lever"])):
+        trained = f"{r['train_accuracy']:.0%}" if "train_accuracy" in r else "not measured"
         cost = [f"{r['tokens_sampled']:,}", f"{r['tokens_trained']:,}", f"{r['seconds']:.0f}"]
         curve = " ".join(f"{100 * value:.0f}" for value in r["curve"].values())
-        rows.append([r["lever"], f"{r['accuracy']:.0%} ({r['low']:.0%} to {r['high']:.0%})", trained, curve, *cost])
+        after = f"{r['accuracy']:.0%} ({r['low']:.0%} to {r['high']:.0%})"
+        rows.append([r["lever"], f"{r['base_accuracy']:.0%}", after, trained, curve, *cost])
     first = found["rows"][0]
     note = (
         f"\nGreedy accuracy on {first['problems']} held-back training problems, which also chose the checkpoint, and "
-        f"on {first['train_problems']} of those trained on; from {first['base_accuracy']:.0%}. The curve is that of "
-        f"the former, every 20 steps. Seed {first['seed']}; four runs shared the machine, and the seconds. "
-        f"{where(found)}.\n"
+        f"on {first['train_problems']} of those trained on. The curve is that of the former, every 20 steps. Seed "
+        f"{first['seed']}; four or eight runs shared the machine, and the seconds. {where(found)}.\n"
     )
-    headings = ["lever", "held back (95 %)", "trained on", "curve, %", "tokens sampled", "tokens trained", "seconds"]
-    return table(headings, rows) + note
+    headings = ["lever", "before", "held back (95 %)", "trained on", "curve, %", "tokens sampled", "tokens trained"]
+    return table([*headings, "seconds"], rows) + note
 
 
 def hard_settings() -> str:
