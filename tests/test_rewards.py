@@ -307,7 +307,7 @@ def test_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match="importing no_such_module raised ModuleNotFoundError"):
         load("no_such_module:f")
     for path in ("alone", "", "json:", ":dumps"):
-        with pytest.raises(ConfigError, match="does not say in which module"):
+        with pytest.raises(ConfigError, match="does not name a module"):
             load(path)
 
 

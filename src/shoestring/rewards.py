@@ -16,12 +16,8 @@ from __future__ import annotations
 import asyncio
 import atexit
 import functools
-import importlib
 import inspect
 import math
-import operator
-import os
-import sys
 import threading
 import traceback
 from collections import defaultdict
@@ -29,7 +25,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from shoestring.errors import ConfigError, DataError, nearest
+from shoestring import dotted
+from shoestring.errors import ConfigError, DataError
 from shoestring.tasks.base import Task, plain_text
 from shoestring.types import Problem, Score
 
@@ -314,30 +311,8 @@ def columns(problems: Sequence[Problem]) -> dict[str, list[Any]]:
 
 
 def load(path: str) -> RewardFunction:
-    """The function at "package.module:function" or "package.module.function"; modules in the current directory count.
-
-    >>> load("math:sqrt")(9)
-    3.0
-    """
-    module_name, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
-    given, write = f'reward function is "{path}"', 'write "package.module:function"'
-    if not module_name or not attribute:
-        raise ConfigError(given, "it does not say in which module which function is", write)
-    if not {"", os.getcwd()} & set(sys.path):  # a console script, unlike `python -m`, starts without it
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        why = f"importing {module_name} raised {type(error).__name__}: {error}"
-        raise ConfigError(given, why, f"{write}, with the module installed or in this directory") from error
-    try:
-        function = operator.attrgetter(attribute)(module)
-    except AttributeError as error:
-        known = [name for name, value in vars(module).items() if callable(value)]
-        raise ConfigError(given, str(error), nearest(attribute, known, otherwise=write)) from error
-    if not callable(function):
-        raise ConfigError(given, f"{attribute} is a {type(function).__name__}, which cannot be called", write)
-    return function
+    """The function at "package.module:function" or "package.module.function"."""
+    return dotted.load(path, f'reward function is "{path}"', 'write "package.module:function"')
 
 
 def _unwrapped(function: RewardFunction) -> RewardFunction:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from shoestring import dotted
 from shoestring.errors import ConfigError, nearest
 
 S = TypeVar("S", bound="Settings")
@@ -20,7 +22,8 @@ class Settings(BaseModel):
 def pick(table: dict[str, type[Any]], kind: str, value: Any, default: str = "") -> Any:
     """The entry of `table` that `value` (a table with `name`, or the bare name) asks for, built from its settings.
 
-    A table without `name` holds settings of the `default` entry, where there is one.
+    A table without `name` holds settings of the `default` entry, where there is one. A `name` such as
+    "package.module:Class" asks for a class from outside this package.
     """
     if isinstance(value, BaseModel):
         return value
@@ -32,10 +35,34 @@ def pick(table: dict[str, type[Any]], kind: str, value: Any, default: str = "") 
         raise ConfigError(
             f"[{kind}] is {value!r}", "it does not say which one", f'write name = "..."; {nearest("", table)}'
         )
-    key = value["name"].split(":")[0]
-    if key not in table:
+    key, colon, _ = value["name"].partition(":")
+    if key not in table and not colon:
         raise ConfigError(f'{kind}.name is "{value["name"]}"', f"there is no such {kind}", nearest(key, table))
-    return build(table[key], value, kind)
+    return build(table[key] if key in table else _from_outside(value["name"], table, kind), value, kind)
+
+
+def _from_outside(name: str, table: dict[str, type[Any]], kind: str) -> type[Any]:
+    """The class that "package.module:Class" names; it has to have whatever all entries of the table have."""
+    given, write = f'{kind}.name is "{name}"', 'write "package.module:Class"'
+    close = difflib.get_close_matches(name.partition(":")[0], table, n=1)
+    cls = dotted.load(name, given, f'write "{close[0]}" or "package.module:Class"' if close else write)
+    if not (isinstance(cls, type) and issubclass(cls, Settings)):
+        raise ConfigError(given, "it is no subclass of shoestring.settings.Settings", "make it one")
+    field = cls.model_fields.get("name")
+    if field is None or field.annotation is not str:
+        raise ConfigError(
+            given,
+            "its settings have no text called name, which a run's config names it by",
+            "write name: str in the class",
+        )
+    missing = sorted(set.intersection(*map(_public, table.values())) - _public(cls))
+    if missing:
+        raise ConfigError(given, f"the class has no {', '.join(missing)}", "add what docs/extending.md says of it")
+    return cls
+
+
+def _public(cls: type[Any]) -> set[str]:
+    return {name for name in (*dir(cls), *cls.model_fields) if not name.startswith("_")}
 
 
 def build(cls: type[S], value: dict[str, Any], where: str) -> S:
