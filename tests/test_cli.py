@@ -130,7 +130,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "out=full"], "something lies there already"),
     (["train", 'rewards.functions=["nowhere.module:f"]'], "importing nowhere.module raised"),
     (["train", 'rewards.functions=["math:squirt"]'], 'did you mean "sqrt"'),
-    (["train", 'rewards.functions=["unnamed"]'], "which module"),
+    (["train", 'rewards.functions=["unnamed"]'], "does not name a module"),
     (["train", 'adapter.modules=["q_porj"]'], 'did you mean "q_proj"'),
     (["train", "adapter.layers=9"], "the model has 4 layers"),
     (["train", "eval_every=1", "evaluation.split=exam"], "there is no such split"),

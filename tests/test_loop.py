@@ -287,6 +287,25 @@ def test_nothing_to_learn_is_a_fact_and_no_error(capsys: pytest.CaptureFixture[s
     assert run.adapter.is_dir()
 
 
+def test_what_all_functions_pass_over_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    train(config(steps=1), rewards=[lambda completions, **others: [None] * len(completions)])
+    told = capsys.readouterr().err
+    assert "returned None for all 12 completions" in told
+    assert "scored 0" not in told
+
+
+def test_rewards_and_lengths_of_a_step_are_those_of_its_samples() -> None:
+    train(config(steps=2), rewards=[short_answers], quiet=True)
+    samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
+    for line in metrics():
+        own = [s for s in samples if s["step"] == line["step"]]
+        lengths, scores = [s["tokens"] for s in own], torch.tensor([s["score"] for s in own]).double()
+        assert line["length_mean"] == sum(lengths) / len(lengths)
+        assert line["length_max"] == max(lengths)
+        assert line["reward_std"] == pytest.approx(scores.view(3, 4).std(1).mean().item())
+        assert line["reward_std"] > 0
+
+
 def test_the_best_adapter_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations of 0.2, 0.9 and 0.5: the adapter of the second is the run's."""
     import dataclasses

@@ -120,8 +120,8 @@ def one_line(report: StepReport, steps: int) -> str:
     return (
         f"step {report.step + 1:>{len(str(steps))}}/{steps}  reward {report.reward:.3f}  solved {report.solved:.1%}  "
         f"signal {report.groups_with_signal}/{report.groups}{dropped}  trained {report.tokens_trained:,} of "
-        f"{report.tokens_sampled:,} tokens  loss {report.loss:+.4f}  norm {report.grad_norm:.3f}  {seconds:.2f} s  "
-        f"{report.tokens_per_s:,.0f} tokens/s"
+        f"{report.tokens_sampled:,} tokens  length {report.length_mean:.0f}  loss {report.loss:+.4f}  "
+        f"norm {report.grad_norm:.3f}  {seconds:.2f} s  {report.tokens_per_s:,.0f} tokens/s"
         + ("" if report.applied or not report.tokens_trained else "  NOT APPLIED")
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from statistics import stdev
 from typing import NamedTuple
 
 from shoestring.batch import has_signal
@@ -35,6 +36,8 @@ def step_report(done: Done, config: RunConfig, state: State) -> StepReport:
     completions = [completion for group in sampled.groups for completion in group.completions]
     names = sorted({name for score in scores for name in score.parts})
     tokens = [sum(len(c.token_ids) for c in group.completions) for group in sampled.groups]
+    lengths = [len(completion.token_ids) for completion in completions]
+    deviations = [stdev(score.value for score in group.scores) for group in sampled.groups if len(group.scores) > 1]
     return StepReport(
         step=done.step,
         reward=_mean([score.value for score in scores]),
@@ -70,6 +73,9 @@ def step_report(done: Done, config: RunConfig, state: State) -> StepReport:
         tokens_dropped=sum(tokens) - sum(tokens[place] for place in sampled.kept),
         timed_out=len(sampled.scored.timed_out),
         tokens_per_s=sum(tokens) / clock.seconds["sample"],
+        reward_std=_mean(deviations),
+        length_mean=_mean(lengths),
+        length_max=max(lengths, default=0),
     )
 
 
@@ -96,7 +102,12 @@ def warnings(done: Done, config: RunConfig) -> Iterator[str]:
             f"Step {step}: {count} of problem {problem}'s completions took longer than rewards.timeout "
             f"({config.rewards.timeout:g} s) to score and {'counts' if count == 1 else 'count'} 0."
         )
-    if step == 0 and not any(scores):
+    if step == 0 and all(score.parts.get("unscored") for group in groups for score in group.scores):
+        yield (
+            f"WARNING: the reward functions returned None for all {len(scores)} completions of the first step, so "
+            "nothing could be learnt from it. None means that a function passes a completion over."
+        )
+    elif step == 0 and not any(scores):
         yield (
             f"WARNING: all {len(scores)} completions of the first step scored 0, so nothing could be learnt "
             "from it. Look at samples.jsonl: is the answer there, and does the scorer find it? A model too weak to "

@@ -184,9 +184,10 @@ class StepReport:
     tokens whose weight the cap changed.
 
     With dynamic sampling, `groups` are those that the step kept, and `groups_dropped` and `tokens_dropped` what else it
-    sampled; `reward`, `reward_parts`, `solved`, `tokens_sampled` and `truncated` are over both, so that they compare
-    with a run without. `timed_out` counts completions that were not scored in time. `tokens_per_s` is `tokens_sampled`
-    over the seconds of sampling.
+    sampled; rewards, lengths, `solved`, `tokens_sampled` and `truncated` are over both, so that they compare with a run
+    without. `reward_std` is the sample deviation of a group's rewards, in the mean over groups; `length_mean` and
+    `length_max` are tokens a completion. `timed_out` counts completions that were not scored in time. `tokens_per_s` is
+    `tokens_sampled` over the seconds of sampling.
     """
 
     step: int
@@ -220,3 +221,6 @@ class StepReport:
     tokens_dropped: int = 0
     timed_out: int = 0
     tokens_per_s: float = 0.0
+    reward_std: float = 0.0
+    length_mean: float = 0.0
+    length_max: int = 0
