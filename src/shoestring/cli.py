@@ -265,7 +265,7 @@ def merge(
 
 @app.command("list")
 def list_(
-    kind: Annotated[str | None, typer.Argument(help="tasks, algorithms, adapters, samplers or gym.")] = None,
+    kind: Annotated[str | None, typer.Argument(help="tasks, algorithms, adapters, samplers, trackers or gym.")] = None,
 ) -> None:
     """List what there is, from the tables themselves."""
     from shoestring.adapters import ADAPTERS
@@ -273,8 +273,10 @@ def list_(
     from shoestring.errors import nearest
     from shoestring.samplers import SAMPLERS
     from shoestring.tasks import TASKS, gym
+    from shoestring.trackers import TRACKERS
 
     tables = {"tasks": TASKS, "algorithms": ALGORITHMS, "adapters": ADAPTERS, "samplers": SAMPLERS}
+    tables |= {"trackers": TRACKERS}
     if kind == "gym":
         print("\n".join(f"gym:{name}" for name in gym.available()))
         print("\n".join(f"(left out: {name}: {reason})" for name, reason in gym.EXCLUDED.items()))

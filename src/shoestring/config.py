@@ -21,6 +21,7 @@ from shoestring.models import ModelSettings
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.settings import Settings, build, pick
 from shoestring.tasks import TASKS
+from shoestring.trackers import TRACKERS
 
 
 class OptimSettings(Settings):
@@ -141,6 +142,10 @@ class RunConfig(Settings):
     rewards: RewardSettings = RewardSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     execution: ExecutionSettings = ExecutionSettings()
+    tracking: Annotated[Any, BeforeValidator(partial(pick, TRACKERS, "tracking", default="none"))] = Field(
+        default={"name": "none"}
+    )
+    """Where the figures of metrics.jsonl and evals.jsonl go besides."""
     memory: Annotated[str | None, BeforeValidator(checked_size)] = None
     """The most memory that the run may reserve on the card, such as "6GiB" or "50%"; without it, training may use what
     sampling needs. On the CPU it bounds what the plan predicts."""
@@ -241,7 +246,7 @@ class RunConfig(Settings):
 
 
 # The entry that a table without `name` holds settings of.
-DEFAULTS = {"task": "multiplication", "algorithm": "s-grpo", "adapter": "lora", "sampler": "auto"}
+DEFAULTS = {"task": "multiplication", "algorithm": "s-grpo", "adapter": "lora", "sampler": "auto", "tracking": "none"}
 
 
 _OF_A_WARM_START = {"epochs", "batch_size", "max_length", "save_dtype"}

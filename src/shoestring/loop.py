@@ -169,12 +169,17 @@ def _run(folder: Path, config: RunConfig, rewards: Rewards, *, quiet: bool, prof
         config.task.problems(config.evaluation.split)  # a split that is not there is found now, not at its first use
     check_optimizer(config.optim, config.execution.device)
     check_quantisation(config.model)
+    config.tracking.check()
     device = pick_device(config.execution.device)
     budget = budgets.checked_before_loading(config, problems, device)
 
     with pool.opened(rewards, config.task, config.rewards) as scoring, capped(device, budget):
         session, state, longest = _open(folder, config, problems, scoring, quiet=quiet)
-        with held_back("Stopping once this step is done and saved") as stopped, session.reporter.running(state.step):
+        with (
+            held_back("Stopping once this step is done and saved") as stopped,
+            config.tracking.opened(folder, config.model_dump(mode="json"), state.step) as log,
+            session.reporter.running(state.step, log),
+        ):
             if state.step < config.steps:
                 budgets.rehearse(session, state, longest)
             with profiler.recorded(session.reporter, config.steps - state.step, device, on=profile) as next_step:

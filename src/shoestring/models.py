@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from shoestring.errors import ConfigError
+from shoestring.extras import need
 from shoestring.memory import give_back
 from shoestring.settings import Settings
 
@@ -185,10 +186,7 @@ def check_quantisation(settings: ModelSettings) -> None:
     """Raises `ConfigError` if 4-bit weights are asked for and cannot be had here."""
     if settings.dtype != "nf4":
         return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            'model.dtype is "nf4"', "that needs the package bitsandbytes", 'run: pip install "shoestring[nf4]"'
-        )
+    need("bitsandbytes", "nf4", 'model.dtype is "nf4"')
 
 
 def _without_plans_for_each_length() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shoestring.batch import single_rows
 from shoestring.errors import ConfigError
+from shoestring.extras import need
 from shoestring.loss import Objective, l2_loss, objective_loss
 from shoestring.models import pick_device
 from shoestring.optimizers import OPTIMIZERS
@@ -32,8 +33,7 @@ def check_optimizer(settings: OptimSettings, device_name: str = "auto") -> None:
     if settings.name != "adamw-8bit":
         return
     given = 'optim.name is "adamw-8bit"'
-    if importlib.util.find_spec("torchao") is None:
-        raise ConfigError(given, "that needs the package torchao", 'run: pip install "shoestring[full]"')
+    need("torchao", "full", given)
     if pick_device(device_name).type == "cuda":  # where torchao compiles it
         if importlib.util.find_spec("triton") is None:
             raise ConfigError(

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from shoestring.rounds import Sampled
+from shoestring.trackers.base import Log
 from shoestring.types import StepReport
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
@@ -27,10 +28,12 @@ class Reporter:
         self.console = Console(quiet=quiet, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: Any = None
+        self._log: Log = _nowhere
 
     @contextmanager
-    def running(self, done: int) -> Iterator[None]:
-        """Shows a progress bar on a terminal, and nothing but lines elsewhere."""
+    def running(self, done: int, log: Log) -> Iterator[None]:
+        """Shows a progress bar on a terminal, and nothing but lines elsewhere; a tracker's `log` hears of all."""
+        self._log = log
         if not self.console.is_terminal or self.console.quiet:
             yield
             return
@@ -51,6 +54,7 @@ class Reporter:
 
     def step(self, report: StepReport) -> None:
         self._append("metrics.jsonl", {name: _finite(value) for name, value in vars(report).items()})
+        self._track(report.step, _figures("train", vars(report)))
         line = one_line(report, self.steps)
         if self._bar:
             self._bar.update(self._task, completed=report.step + 1, description=line)
@@ -59,10 +63,19 @@ class Reporter:
 
     def evaluation(self, values: Mapping[str, Any]) -> None:
         self._append("evals.jsonl", values)
+        self._track(values["step"], _figures("eval", values))
         self.say(
             f"after step {values['step']}: {values['split']} accuracy {values['accuracy']:.1%} "
             f"({values['low']:.1%} to {values['high']:.1%}) on {values['problems']} problems"
         )
+
+    def _track(self, step: int, figures: Mapping[str, float]) -> None:
+        """A tracker that fails, such as one whose server is gone, ends no run."""
+        try:
+            self._log(step, figures)
+        except Exception as error:
+            self._log = _nowhere
+            self.warn(f"Tracking has failed, and the run goes on without it: {type(error).__name__}: {error}")
 
     def samples(self, step: int, sampled: Sampled) -> None:
         """One line a completion: prompt, text, score and the credit of its selected tokens, [token, advantage]. Those
@@ -104,6 +117,25 @@ class Reporter:
         text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
         with (self.folder / name).open("a", encoding="utf-8", errors="replace") as file:
             file.write(text)
+
+
+def _nowhere(step: int, values: Mapping[str, float]) -> None:
+    pass
+
+
+def _figures(prefix: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among the values and in their tables, by names such as "train/seconds/sample".
+
+    >>> _figures("train", {"step": 3, "loss": 0.5, "applied": True, "seconds": {"sample": 1.0}, "split": "test"})
+    {'train/loss': 0.5, 'train/applied': 1.0, 'train/seconds/sample': 1.0}
+    """
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _figures(f"{prefix}/{name}", value)
+        elif isinstance(value, int | float) and math.isfinite(value) and name != "step":
+            found[f"{prefix}/{name}"] = float(value)
+    return found
 
 
 def _finite(value: Any) -> Any:

@@ -18,7 +18,7 @@ from shoestring.tasks.file import File
 
 # What a resumed run may change: how long it is and how it is carried out, not what it computes.
 _CARRIED_OUT = ("rewards.workers", "rewards.timeout", "rewards.on_timeout")
-_MAY_CHANGE = ("steps", "save_", "memory", "execution.", *_CARRIED_OUT)
+_MAY_CHANGE = ("steps", "save_", "memory", "execution.", "tracking.", *_CARRIED_OUT)
 
 _PYTHON = "python:"  # stands before the name of a reward that was handed over as a function
 
@@ -100,9 +100,9 @@ def _refuse_python(given: str, config: RunConfig, call: str) -> None:
 
 
 def discard_unused(folder: Path) -> None:
-    """Removes a new run's folder if nothing but its config (and data) has come into it."""
+    """Removes a new run's folder if no step has come into it."""
     names = {path.name for path in folder.iterdir()}
-    if names <= {"config.toml", "data"}:
+    if names <= {"config.toml", "data", "tracking-id", "wandb", "tensorboard"}:
         shutil.rmtree(folder)
 
 

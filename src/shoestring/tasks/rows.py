@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from pydantic import Field
 
 from shoestring import answers
 from shoestring.errors import ConfigError, DataError
+from shoestring.extras import need
 from shoestring.tasks.base import Asking, stable_hash
 from shoestring.types import Problem, Score
 
@@ -153,12 +153,6 @@ def hub_rows(name: str, split: str) -> Iterable[Row]:
             f"the hub gave none ({first})",
             "check the id, or point task.data at a local folder",
         ) from error
-
-
-def need(package: str, extra: str, given: str) -> None:
-    """Raises `ConfigError` with the install command if a package of an extra is missing."""
-    if importlib.util.find_spec(package) is None:
-        raise ConfigError(given, f"that needs the package {package}", f'run: pip install "shoestring[{extra}]"')
 
 
 def checked_answer(value: Any, where: str) -> str:

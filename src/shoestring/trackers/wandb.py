@@ -1,0 +1,74 @@
+"""Weights & Biases, and Trackio, which has the same functions."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from shoestring.errors import ConfigError
+from shoestring.extras import need
+from shoestring.settings import Settings
+from shoestring.trackers.base import Log
+
+
+class _Package(Settings):
+    """What the two share."""
+
+    project: str = "shoestring"
+
+    package: ClassVar[str]
+
+    def check(self) -> None:
+        need(self.package, self.package, f'tracking.name is "{self.package}"')
+
+    @contextmanager
+    def opened(self, folder: Path, config: Mapping[str, Any], done: int) -> Iterator[Log]:
+        package: Any = importlib.import_module(self.package)
+        try:
+            run = package.init(project=self.project, config=dict(config), resume="allow", **self.called(folder))
+        except Exception as error:
+            given = f'tracking.name is "{self.package}"'
+            raise ConfigError(given, f"it cannot be started ({error})", "mend that, or leave tracking out") from error
+        try:
+            yield lambda step, values: run.log(dict(values), step=step)
+        finally:
+            run.finish()
+
+    def called(self, folder: Path) -> dict[str, Any]:
+        """What makes a resumed run one with what was tracked of it before."""
+        raise NotImplementedError
+
+
+class WandB(_Package):
+    """Weights & Biases; its own variables, such as WANDB_MODE=offline, hold."""
+
+    name: Literal["wandb"] = "wandb"
+    package: ClassVar[str] = "wandb"
+
+    def called(self, folder: Path) -> dict[str, Any]:
+        return {"name": folder.name, "id": kept_id(folder), "dir": str(folder)}
+
+
+class Trackio(_Package):
+    """Trackio: Weights & Biases' functions, kept on this machine."""
+
+    name: Literal["trackio"] = "trackio"
+    package: ClassVar[str] = "trackio"
+
+    def called(self, folder: Path) -> dict[str, Any]:
+        return {"name": f"{folder.name}-{kept_id(folder)}"}  # it resumes by name
+
+
+def kept_id(folder: Path) -> str:
+    """One for each run, in a file of its folder."""
+    path = folder / "tracking-id"
+    if not path.is_file():
+        draft = folder / ".draft-tracking-id"
+        draft.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        os.replace(draft, path)
+    return path.read_text(encoding="utf-8")
