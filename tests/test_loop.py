@@ -346,13 +346,6 @@ def test_ctrl_c_in_python_ends_what_comes_after_the_run_too(
     assert len(train(resume="run", rewards=[pressed], quiet=True).reports) == 4
 
 
-def test_evaluations_without_answers_are_refused() -> None:
-    rows = [{"prompt": f"{a}*{a}=", "gold": a * a} for a in range(2, 40)]
-    with pytest.raises(ConfigError, match="every completion would count as wrong"):
-        train(config(eval_every=2, evaluation={"split": "train"}), rewards=[varied], data=rows, quiet=True)
-    assert not Path("run").exists()
-
-
 def test_the_config_of_a_run_from_python_is_told_so() -> None:
     train(config(steps=1), rewards=[varied], quiet=True)
     with pytest.raises(ConfigError, match=r"Python functions varied.*train\(\.\.\., rewards=\[\.\.\.\]\)"):

@@ -44,6 +44,7 @@ class State:
     replays: list[Prompt] = field(default_factory=list)
     """Prefixes that the next step tries again."""
     best_accuracy: float = -1.0
+    """Of the evaluations so far, or the best mean reward; of none while `best_step` is -1."""
     best_step: int = -1
     skipped_in_a_row: int = 0
     """Steps in a row that were not applied because a number was not finite."""

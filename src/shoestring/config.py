@@ -21,6 +21,7 @@ from shoestring.models import ModelSettings
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.settings import Settings, build, pick
 from shoestring.tasks import TASKS
+from shoestring.tasks.base import has_answers, parts
 from shoestring.trackers import TRACKERS
 
 
@@ -90,8 +91,11 @@ class EvaluationSettings(Settings):
     split: str = "validation"
     num: int = Field(default=100, ge=1)
     """Problems, the first ones of the split."""
+    by: Literal["auto", "answers", "rewards"] = "auto"
+    """What judges: whether answers are right, or the mean of the run's own rewards; "auto" takes the latter where the
+    task has no answers."""
     keep: Literal["last", "best"] = "last"
-    """Which weights the run ends with: the last, or those with the best accuracy in these evaluations."""
+    """Which weights the run ends with: the last, or the best in these evaluations."""
 
 
 class ExecutionSettings(Settings):
@@ -217,6 +221,13 @@ class RunConfig(Settings):
         if self.adapter.name == "none":
             self._suits_training_all_weights()
         return self
+
+    @property
+    def evaluated_by(self) -> Literal["answers", "rewards"]:
+        """What `evaluation.by` comes to."""
+        if self.evaluation.by == "auto":
+            return "answers" if has_answers(parts(self.task)[0]) else "rewards"
+        return self.evaluation.by
 
     @property
     def drawing(self) -> Sampling:

@@ -1,4 +1,4 @@
-"""Accuracy, pass@k and maj@k on a split, with 95 % intervals."""
+"""Accuracy, pass@k and maj@k on a split, or the mean reward, with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from shoestring.errors import ConfigError
+from shoestring.errors import ConfigError, DataError
 from shoestring.policy import Policy
 from shoestring.rollout import Rollout, encode, roll_out
 from shoestring.samplers.base import Engine, Sampling
 from shoestring.tasks.base import Task, has_answers, parts, stable_hash
-from shoestring.types import Problem
+from shoestring.types import Problem, Score
 
 _Z95 = 1.959963984540054
 _RESAMPLES = 2_000
@@ -135,6 +135,18 @@ def evaluate(
         one_each = replace(settings, ks=(1,), samples=1, temperature=0.0)
         greedy = evaluate(policy, engine, task, one_each, progress)
         return replace(evaluate(policy, engine, task, replace(settings, greedy=False), progress), greedy=greedy)
+    problems, rollouts = answered(policy, engine, task, settings, progress)
+    return summarise(task, problems, rollouts, settings)
+
+
+def answered(
+    policy: Policy,
+    engine: Engine,
+    task: Task,
+    settings: EvalSettings,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[Problem], list[Rollout]]:
+    """The problems of the split (or its first `num`), and what the policy writes to each."""
     problems = first_problems(task, settings.split, settings.num)
     prompts, _ = encode(
         policy, task, problems, settings.max_new_tokens, allow_truncated=settings.allow_truncated_prompts
@@ -149,7 +161,56 @@ def evaluate(
         chunk = prompts[start : start + size]
         rollouts += roll_out(policy, engine, chunk, num=settings.num_samples, sampling=sampling, seed=seed, first=start)
         progress(len(rollouts), len(prompts))
-    return summarise(task, problems, rollouts, settings)
+    return problems, rollouts
+
+
+@dataclass(frozen=True)
+class RewardEvaluation:
+    """The mean reward of greedy completions, over the problems whose completion any function scored."""
+
+    task: str
+    split: str
+    problems: int
+    reward: float
+    low: float
+    high: float
+    truncated: float
+    """Share of completions that were cut off."""
+    tokens: int
+
+    def as_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def evaluate_by_rewards(
+    policy: Policy,
+    engine: Engine,
+    task: Task,
+    settings: EvalSettings,
+    scored: Callable[[Sequence[Rollout]], Sequence[Score]],
+) -> RewardEvaluation:
+    """As `evaluate`, with one greedy completion a problem, and by what `scored` makes of them all."""
+    settings.check()
+    problems, rollouts = answered(policy, engine, task, replace(settings, ks=(1,), samples=1, temperature=0.0))
+    values = [score.value for score in scored(rollouts) if not score.parts.get("unscored")]
+    if not values:
+        raise DataError(
+            f"the reward functions returned None for all {len(problems)} problems of the evaluation",
+            "there is nothing to take a mean of",
+            "let a function score them, or evaluate nothing (eval_every = 0)",
+        )
+    low, high = bootstrap(values)
+    completions = [completion for rollout in rollouts for completion in rollout.completions]
+    return RewardEvaluation(
+        task=task.name,
+        split=settings.split,
+        problems=len(values),
+        reward=statistics.mean(values),
+        low=low,
+        high=high,
+        truncated=sum(c.stop == "length" for c in completions) / len(completions),
+        tokens=sum(len(c.token_ids) for c in completions),
+    )
 
 
 def check_judges(task: Task) -> None:
@@ -159,7 +220,8 @@ def check_judges(task: Task) -> None:
         raise ConfigError(
             f'task.check of {judge.name} is "none", and evaluations judge by it',
             "with nothing to compare answers with, every completion would count as wrong",
-            'name the column of right answers "answer" and write task.check = "math" or "text", or evaluate nothing',
+            'name the column of right answers "answer" and write task.check = "math" or "text"; during a run the '
+            'rewards can judge, with evaluation.by = "rewards"',
         )
 
 

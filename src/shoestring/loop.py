@@ -20,7 +20,7 @@ from shoestring.clock import Clock
 from shoestring.config import RunConfig
 from shoestring.environment import command, quoted
 from shoestring.errors import ConfigError, NonFiniteError, ShoestringError
-from shoestring.evaluation import EvalSettings, check_judges, evaluate, first_problems
+from shoestring.evaluation import EvalSettings, check_judges, evaluate, evaluate_by_rewards, first_problems
 from shoestring.locks import locked
 from shoestring.memory import capped, give_back
 from shoestring.models import check_quantisation, pick_device
@@ -39,7 +39,7 @@ from shoestring.samplers.base import Engine
 from shoestring.signals import held_back
 from shoestring.summary import Done, step_report, warnings
 from shoestring.tasks.base import has_answers, parts, stable_hash
-from shoestring.types import Group, Problem, Prompt, StepReport
+from shoestring.types import Group, Problem, Prompt, Score, StepReport
 
 # A step whose gradient is not finite is skipped; so many in a row are no accident.
 _MOST_SKIPPED = 3
@@ -74,6 +74,7 @@ def train(
     *,
     rewards: Iterable[RewardFunction | str] | RewardFunction | str = (),
     data: Iterable[Mapping[str, Any]] | None = None,
+    eval_data: Iterable[Mapping[str, Any]] | None = None,
     resume: str | Path | None = None,
     quiet: bool = False,
     profile: bool = False,
@@ -81,13 +82,16 @@ def train(
     """Trains as `config` says (a config, a nested mapping, a recipe's path, or None for the embedded default).
 
     `rewards` are functions in TRL's form (or "task") that take the place of `[rewards] functions`. `data` are rows with
-    `prompt` (or `question`) and `answer`; they are written into the run's folder and take the place of the task.
+    `prompt` (or `question`) and `answer`; they are written into the run's folder and take the place of the task;
+    `eval_data` are others, for the evaluations during the run (`eval_every`).
     `resume` is the folder of a run to go on with. `profile` writes a trace of a step and the seconds by phase into the
     run's folder (see `shoestring.profiler`). Raises `ConfigError` and `DataError` before the model loads wherever that
     is possible. Ctrl-C and SIGTERM are held back until the step in hand is done and saved, and take their course then:
     Ctrl-C raises `KeyboardInterrupt`.
     """
-    run = carried_out(config, rewards=rewards, data=data, resume=resume, quiet=quiet, profile=profile)
+    run = carried_out(
+        config, rewards=rewards, data=data, eval_data=eval_data, resume=resume, quiet=quiet, profile=profile
+    )
     if run.stopped_by:
         print(f"{len(run.reports)} steps are saved; to go on: {_to_go_on(run.folder, run.config)}", file=sys.stderr)
         signal.raise_signal(run.stopped_by)
@@ -99,6 +103,7 @@ def carried_out(
     *,
     rewards: Iterable[RewardFunction | str] | RewardFunction | str = (),
     data: Iterable[Mapping[str, Any]] | None = None,
+    eval_data: Iterable[Mapping[str, Any]] | None = None,
     resume: str | Path | None = None,
     quiet: bool = False,
     profile: bool = False,
@@ -109,7 +114,7 @@ def carried_out(
     for given in rewards:
         if not isinstance(given, str) and not callable(given):
             raise ConfigError(f"rewards holds {given!r}", "it cannot be called", 'give functions, or "task"')
-    folder, settled = runs.open_run(config, data=data, resume=resume, rewards=rewards)
+    folder, settled = runs.open_run(config, data=data, eval_data=eval_data, resume=resume, rewards=rewards)
     with locked(folder):
         try:
             scorer = Rewards(rewards or settled.rewards.functions, settled.rewards.weights)
@@ -165,7 +170,8 @@ def _run(folder: Path, config: RunConfig, rewards: Rewards, *, quiet: bool, prof
         profiler.check(config.steps, done)
     problems = config.task.problems("train")
     if config.eval_every:
-        check_judges(config.task)
+        if config.evaluated_by == "answers":
+            check_judges(config.task)
         config.task.problems(config.evaluation.split)  # a split that is not there is found now, not at its first use
     check_optimizer(config.optim, config.execution.device)
     check_quantisation(config.model)
@@ -426,7 +432,8 @@ def _trainer_state(session: Session, step: int) -> TrainerState:
 
 
 def _evaluate(session: Session, state: State) -> None:
-    """Greedy accuracy on the run's own evaluation problems; keeps the best weights if the config says so."""
+    """Greedy accuracy, or mean reward, on the run's own evaluation problems; keeps the best weights if the config says
+    so."""
     config = session.config
     settings = EvalSettings(
         split=config.evaluation.split,
@@ -434,12 +441,22 @@ def _evaluate(session: Session, state: State) -> None:
         max_new_tokens=config.sampling.max_new_tokens,
         allow_truncated_prompts=config.allow_truncated_prompts,
     )
+
+    def scored(rollouts: Sequence[Rollout]) -> Sequence[Score]:
+        return session.scoring.score(_rows(rollouts), _trainer_state(session, state.step)).scores
+
     with _saved_at(session, state, BaseException):
-        found = evaluate(session.policy, session.engine, config.task, settings)
+        if config.evaluated_by == "answers":
+            found = evaluate(session.policy, session.engine, config.task, settings)
+            figure = found.accuracy
+        else:
+            found = evaluate_by_rewards(session.policy, session.engine, config.task, settings, scored)
+            figure = found.reward
     state.wave_tokens = session.engine.wave_tokens
-    best = found.accuracy > state.best_accuracy or state.best_step == state.step  # the same again, after an error
+    again = state.best_step == state.step  # after an error
+    best = figure > state.best_accuracy or state.best_step < 0 or again
     if best:
-        state.best_accuracy, state.best_step = found.accuracy, state.step
+        state.best_accuracy, state.best_step = figure, state.step
         if config.evaluation.keep == "best":
             folder = session.folder / "best" / f"step-{state.step}"
             runs.replace_folder(folder, session.policy.save)
@@ -482,8 +499,9 @@ def where_it_lies(run: Run) -> str:
         f"{run.policy.result + ':':<9} {run.result}{kept}",
         f"metrics:  {run.folder / 'metrics.jsonl'}",
         f"samples:  {run.folder / 'samples.jsonl'}",
-        f"evaluate: {command()} eval {quoted(run.folder)}{runs.split_hint(run.config)}",
     ]
+    if has_answers(parts(run.config.task)[0]):
+        lines.append(f"evaluate: {command()} eval {quoted(run.folder)}{runs.split_hint(run.config)}")
     if len(run.reports) < run.config.steps:
         lines.append(f"go on:    {_to_go_on(run.folder, run.config)}")
     return "\n".join(lines)

@@ -64,9 +64,11 @@ class Reporter:
     def evaluation(self, values: Mapping[str, Any]) -> None:
         self._append("evals.jsonl", values)
         self._track(values["step"], _figures("eval", values))
+        name, form = ("accuracy", ".1%") if "accuracy" in values else ("reward", ".3f")
+        figure, low, high = (format(values[key], form) for key in (name, "low", "high"))
         self.say(
-            f"after step {values['step']}: {values['split']} accuracy {values['accuracy']:.1%} "
-            f"({values['low']:.1%} to {values['high']:.1%}) on {values['problems']} problems"
+            f"after step {values['step']}: {values['split']} {name} {figure} ({low} to {high}) on {values['problems']} "
+            "problems"
         )
 
     def _track(self, step: int, figures: Mapping[str, float]) -> None:

@@ -27,13 +27,14 @@ def open_run(
     config: RunConfig | Mapping[str, Any] | str | Path | None,
     *,
     data: Iterable[Mapping[str, Any]] | None,
+    eval_data: Iterable[Mapping[str, Any]] | None = None,
     resume: str | Path | None,
     rewards: Sequence[Callable[..., Any] | str] = (),
 ) -> tuple[Path, RunConfig]:
     """The folder and the settled config of a new run, whose config.toml is written, or of one to go on with, whose is
     left as it is."""
     if resume is not None:
-        if data is not None:
+        if data is not None or eval_data is not None:
             raise ConfigError("data is given with resume", "a run goes on with its own data", "leave data out")
         settled = resumed_config(Path(resume), config)
         _check_rewards_are_back(Path(resume), settled, rewards)
@@ -41,13 +42,18 @@ def open_run(
     if data is not None:
         values = config.model_dump(exclude_none=True) if isinstance(config, RunConfig) else _values(config)
         task = _data_task(values.get("task") or {}, bool(rewards) and "task" not in rewards)
-        configs.settle({**values, "task": {**task, "name": "file:data"}})  # mistakes come before the folder
-        rows = _data_lines(data)
+        asked = configs.settle({**values, "task": {**task, "name": "file:data"}})  # mistakes come before the folder
+        files = {"train": _data_lines(data), **_evaluation_lines(eval_data, asked)}
         folder = _new_folder(values.get("out"), "file", _algorithm_name(values))
-        path = (folder / "data" / "train.jsonl").absolute()
-        path.parent.mkdir()
-        path.write_text(rows, encoding="utf-8")
-        settled = configs.settle({**values, "task": {**task, "name": f"file:{path.parent}"}, "out": str(folder)})
+        own = (folder / "data").absolute()
+        own.mkdir()
+        for split, lines in files.items():
+            (own / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+        settled = configs.settle({**values, "task": {**task, "name": f"file:{own}"}, "out": str(folder)})
+    elif eval_data is not None:
+        raise ConfigError(
+            "eval_data is given without data", "a task has evaluation problems of its own", "give data too, or neither"
+        )
     else:
         settled = config if isinstance(config, RunConfig) else configs.settle(_values(config))
         if not rewards:
@@ -143,16 +149,34 @@ def _next_free(parent: Path, name: str) -> Path:
     return parent / f"{clean}-{max(numbers, default=0) + 1}"
 
 
-def _data_lines(data: Iterable[Mapping[str, Any]]) -> str:
+def _evaluation_lines(rows: Iterable[Mapping[str, Any]] | None, config: RunConfig) -> dict[str, str]:
+    """The rows of the split that evaluations look at, by its name; none where none are given."""
+    if rows is None:
+        return {}
+    if not config.eval_every:
+        raise ConfigError(
+            "eval_data is given and eval_every is 0", "nothing would look at it", "write eval_every = 20 or so"
+        )
+    split = config.evaluation.split
+    if split not in ("validation", "test"):
+        raise ConfigError(
+            f'eval_data is given and evaluation.split is "{split}"',
+            "it is what is held back from training",
+            'leave evaluation.split out, or write "test"',
+        )
+    return {split: _data_lines(rows, "eval_data")}
+
+
+def _data_lines(data: Iterable[Mapping[str, Any]], name: str = "data") -> str:
     """The rows as JSONL, to be kept in the run's folder, so that the run can be resumed."""
     try:
         lines = [json.dumps(dict(row), ensure_ascii=False) + "\n" for row in data]
     except (TypeError, ValueError) as error:
         raise DataError(
-            "data holds a row that is not plain", f"it cannot be kept as JSON ({error})", "use text and numbers"
+            f"{name} holds a row that is not plain", f"it cannot be kept as JSON ({error})", "use text and numbers"
         ) from None
     if not lines:
-        raise DataError("data is empty", "there is nothing to train on", "give at least one row with a prompt")
+        raise DataError(f"{name} is empty", "there is nothing in it to ask", "give at least one row with a prompt")
     return "".join(lines)
 
 

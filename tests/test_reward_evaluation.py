@@ -1,0 +1,148 @@
+"""Evaluations during a run by its own rewards, and on rows of one's own."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shoestring import ConfigError, DataError, train
+from shoestring.policy import load_policy
+from shoestring.rollout import encode, roll_out
+from shoestring.runs import model_settings
+from shoestring.samplers import SAMPLERS, Sampling
+from test_loop import config, metrics, same_weights
+
+ROWS = [{"prompt": f"{a}*3="} for a in range(10, 40)]
+OTHERS = [{"prompt": f"{a}*4="} for a in range(20, 32)]
+
+
+def longer(completions: list[Any], **others: Any) -> list[float]:
+    """Below 0, as many rewards are; best for 40 letters."""
+    return [-abs(40.0 - len(completion[0]["content"])) for completion in completions]
+
+
+def evaluations(folder: str = "run") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(folder, "evals.jsonl").read_text().splitlines()]
+
+
+def own(**changes: Any) -> dict[str, Any]:
+    return config(eval_every=2, **changes)
+
+
+def test_the_mean_is_that_of_greedy_completions_of_the_last_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(own(), rewards=[longer], data=ROWS, eval_data=OTHERS)
+    policy = load_policy(model_settings("run"))
+    problems = run.config.task.problems("validation")
+    prompts, _ = encode(policy, run.config.task, problems, 24)
+    greedy = Sampling(max_new_tokens=24, temperature=0)
+    texts = [
+        r.texts[0] for r in roll_out(policy, SAMPLERS["hf"]().open(policy), prompts, num=1, sampling=greedy, seed=0)
+    ]
+    found = evaluations()
+    assert [line["step"] for line in found] == [0, 2, 4]
+    last = found[-1]
+    assert last["reward"] == pytest.approx(statistics.mean(-abs(40.0 - len(text)) for text in texts))
+    assert (last["problems"], last["split"]) == (12, "validation")
+    assert last["low"] <= last["reward"] <= last["high"]
+    assert "accuracy" not in last
+    told = capsys.readouterr().out
+    assert f"after step 4: validation reward {last['reward']:.3f} (" in told
+    assert "shoestring eval" not in told  # it has nothing to judge by
+
+
+def test_eval_data_is_the_split_that_evaluations_look_at_and_nothing_else_is() -> None:
+    run = train(own(steps=1, evaluation={"split": "test"}), rewards=[longer], data=ROWS, eval_data=OTHERS, quiet=True)
+    task = run.config.task
+    assert [p.question for p in task.problems("train")] == [row["prompt"] for row in ROWS]
+    assert [p.question for p in task.problems("test")] == [row["prompt"] for row in OTHERS]
+    with pytest.raises(DataError, match='no "validation" part'):
+        task.problems("validation")
+
+
+def test_answers_judge_where_there_are_any_unless_rewards_are_asked_for() -> None:
+    rows = [{"prompt": f"{a}*3=", "answer": str(3 * a)} for a in range(10, 40)]
+    train(own(steps=1), data=rows, eval_data=rows[:5], quiet=True)
+    assert {"accuracy"} <= evaluations()[0].keys()
+    train(own(steps=1, evaluation={"by": "rewards"}, out="asked"), data=rows, eval_data=rows[:5], quiet=True)
+    assert evaluations("asked")[0]["reward"] == evaluations()[0]["accuracy"]
+    assert "accuracy" not in evaluations("asked")[0]
+
+
+def test_the_best_is_kept_though_all_rewards_are_below_zero() -> None:
+    run = train(own(steps=8, evaluation={"keep": "best"}), rewards=[longer], data=ROWS, eval_data=OTHERS, quiet=True)
+    found = evaluations()
+    best = max(found, key=lambda line: line["reward"])  # of equals the first
+    assert best["reward"] < 0
+    assert run.best_step == best["step"]
+    kept = load_file("run/adapter/adapter_model.safetensors")
+    of_step = load_file(f"run/best/step-{best['step']}/adapter_model.safetensors")
+    assert all(torch.equal(kept[name], of_step[name]) for name in kept)
+
+
+def test_a_resumed_run_evaluates_as_one_that_never_stopped() -> None:
+    kinds: dict[str, Any] = {"rewards": [longer], "data": ROWS, "eval_data": OTHERS, "quiet": True}
+    train(own(evaluation={"keep": "best"}, out="whole"), **kinds)
+    train(own(evaluation={"keep": "best"}, out="parts", steps=2), **kinds)
+    train({"steps": 4}, resume="parts", rewards=[longer], quiet=True)
+    assert metrics("whole") == metrics("parts")
+    assert {line["step"]: line for line in evaluations("parts")} == {
+        line["step"]: {**line, "task": evaluations("parts")[0]["task"]} for line in evaluations("whole")
+    }
+    assert same_weights("whole", "parts")
+
+
+def test_workers_judge_alike() -> None:
+    Path("my_rewards.py").write_text(
+        "def longer(completions, **others):\n    return [-abs(40.0 - len(c[0]['content'])) for c in completions]\n"
+    )
+    for workers, out in ((0, "here"), (1, "there")):
+        rewards = {"functions": ["my_rewards:longer"], "workers": workers}
+        task = {"check": "none"}
+        train(own(steps=1, rewards=rewards, task=task, out=out), data=ROWS, eval_data=OTHERS, quiet=True)
+    assert [e["reward"] for e in evaluations("here")] == [e["reward"] for e in evaluations("there")]
+
+
+def test_what_no_function_scores_is_left_out() -> None:
+    def some(prompts: list[Any], completions: list[Any], **others: Any) -> list[float | None]:
+        return [1.0 if prompt[-1]["content"] < "25" else None for prompt in prompts]
+
+    train(own(steps=1), rewards=[some], data=ROWS, eval_data=OTHERS, quiet=True)
+    assert [(line["problems"], line["reward"]) for line in evaluations()] == [(5, 1.0)] * 2
+
+
+def test_an_evaluation_in_which_nothing_is_scored_is_said() -> None:
+    with pytest.raises(DataError, match="returned None for all 12 problems of the evaluation"):
+        train(own(), rewards=[lambda completions, **_: [None] * len(completions)], data=ROWS, eval_data=OTHERS)
+
+
+@pytest.mark.parametrize(
+    ("given", "changes", "message"),
+    [
+        ({"eval_data": OTHERS}, {"eval_every": 2}, "eval_data is given without data"),
+        ({"eval_data": OTHERS, "data": ROWS}, {}, "eval_every is 0; nothing would look at it"),
+        ({"eval_data": [], "data": ROWS}, {"eval_every": 2}, "eval_data is empty"),
+        ({"eval_data": [{"prompt": object()}], "data": ROWS}, {"eval_every": 2}, "eval_data holds a row that is not"),
+        (
+            {"eval_data": OTHERS, "data": ROWS},
+            {"eval_every": 2, "evaluation": {"split": "train"}},
+            'evaluation.split is "train"; it is what is held back',
+        ),
+        ({"data": ROWS}, {"eval_every": 2, "evaluation": {"by": "answers", "split": "train"}}, "count as wrong"),
+    ],
+)
+def test_what_cannot_be_is_said(given: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        train(config(**changes), rewards=[longer], quiet=True, **given)
+    assert not Path("run").exists()
+
+
+def test_eval_data_is_not_taken_when_a_run_goes_on() -> None:
+    train(own(steps=1), rewards=[longer], data=ROWS, eval_data=OTHERS, quiet=True)
+    with pytest.raises(ConfigError, match="data is given with resume"):
+        train({"steps": 2}, resume="run", rewards=[longer], eval_data=OTHERS, quiet=True)
