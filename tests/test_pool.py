@@ -150,6 +150,17 @@ def test_a_row_that_hangs_counts_0_and_the_others_are_scored() -> None:
         assert scoring.score(texts, TrainerState(global_step=2)).timed_out == ()  # new processes took their places
 
 
+def test_a_row_that_hangs_may_count_as_the_others_of_its_prompt() -> None:
+    same = [row._replace(problem=Problem("p", "1+1=", "2")) for row in rows("a", "bbbbb", "cc")]
+    with opened(Rewards([functions.hangs, functions.logs]), TASK, pool(timeout=0.5, on_timeout="unscored")) as scoring:
+        scored = scoring.score(same, STATE)
+    assert list(scored.timed_out) == ["p"]
+    first, late, last = scored.scores
+    assert first.value != last.value
+    assert late.value == (first.value + last.value) / 2
+    assert [score.parts["unscored"] for score in scored.scores] == [0.0, 1.0, 0.0]
+
+
 def test_a_program_that_a_row_hangs_in_ends_with_it() -> None:
     settings = pool(timeout=2.0, on_timeout="zero")
     with opened(Rewards([functions.starts_a_program]), TASK, settings) as scoring:

@@ -50,8 +50,9 @@ class RewardSettings(Settings):
     """Processes that score, each completion by itself, while others are sampled; 0 scores in the loop's own thread."""
     timeout: float | None = Field(default=None, gt=0)
     """Seconds that a completion may take to score in a worker; None waits."""
-    on_timeout: Literal["stop", "zero"] = "stop"
-    """What a completion does that takes longer: stop the run, or count 0."""
+    on_timeout: Literal["stop", "zero", "unscored"] = "stop"
+    """What a completion does that takes longer: stop the run, count 0, or count as its prompt's others do in the mean,
+    like one that every function passes over."""
 
     @model_validator(mode="after")
     def _a_timeout_can_act(self) -> RewardSettings:
@@ -61,9 +62,9 @@ class RewardSettings(Settings):
                 "a function that runs in the loop's own thread cannot be stopped",
                 "set rewards.workers to 1 or more, or leave the timeout out",
             )
-        if self.on_timeout == "zero" and self.timeout is None:
+        if self.on_timeout != "stop" and self.timeout is None:
             raise ConfigError(
-                'rewards.on_timeout is "zero" without rewards.timeout',
+                f'rewards.on_timeout is "{self.on_timeout}" without rewards.timeout',
                 "nothing ever takes too long",
                 "set rewards.timeout, in seconds a completion",
             )

@@ -157,14 +157,15 @@ class Pool:
             if self._settings.on_timeout == "stop":
                 raise self._too_late(row, state) from None
         late.append(row.problem.id)
-        return Judged({name: [0.0] for name in self._rewards.names}, [{}])
+        given = 0.0 if self._settings.on_timeout == "zero" else None
+        return Judged({name: [given] for name in self._rewards.names}, [{}])
 
     def _too_late(self, row: Row, state: TrainerState) -> DataError:
         return DataError(
             f"a completion of problem {row.problem.id} was not scored within {self._settings.timeout:g} s "
             f"in step {state.global_step} (by {', '.join(self._rewards.names)})",
             "the run waits no longer for a row, and rewards.on_timeout says that it stops then",
-            'mend the function, raise rewards.timeout, or set rewards.on_timeout = "zero"',
+            'mend the function, raise rewards.timeout, or set rewards.on_timeout = "unscored" or "zero"',
         )
 
     def _judge(self, row: Row, state: TrainerState) -> Judged:

@@ -79,7 +79,7 @@ class Scored:
     metrics: Mapping[str, float] = field(default_factory=dict)
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
     timed_out: Sequence[str] = ()
-    """The problems of the rows that were not scored in time and count 0, one a row."""
+    """The problems of the rows that were not scored in time, one a row."""
 
 
 def joined_scored(pieces: Sequence[Scored]) -> Scored:

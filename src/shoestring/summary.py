@@ -100,7 +100,8 @@ def warnings(done: Done, config: RunConfig) -> Iterator[str]:
     for problem, count in Counter(done.sampled.scored.timed_out).items():
         yield (
             f"Step {step}: {count} of problem {problem}'s completions took longer than rewards.timeout "
-            f"({config.rewards.timeout:g} s) to score and {'counts' if count == 1 else 'count'} 0."
+            f"({config.rewards.timeout:g} s) to score and {'counts' if count == 1 else 'count'} "
+            + ("0." if config.rewards.on_timeout == "zero" else "as that problem's others do.")
         )
     if step == 0 and all(score.parts.get("unscored") for group in groups for score in group.scores):
         yield (
