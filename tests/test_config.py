@@ -114,6 +114,16 @@ def test_naming_what_is_meant_anyway_loses_no_setting() -> None:
     assert load(ROOT / "recipes" / "demo.toml", ["task.name=gsm8k"]).task.name == "gsm8k"
 
 
+def test_a_bare_name_is_short_for_name_wherever_it_stands() -> None:
+    recipe = ROOT / "recipes" / "svamp-qwen2-1.5b.toml"
+    assert load(recipe, ["adapter=lora"]) == load(recipe, ["adapter.name=lora"]) == load(recipe)
+    assert load(recipe, ["algorithm=t-spmo"]) == load(recipe, ["algorithm.name=t-spmo"])
+    for order in (["tracking.project=x", "tracking=wandb"], ["tracking=wandb", "tracking.project=x"]):
+        assert load(None, order).tracking.project == "x"
+    assert load(recipe, ["model.dtype=fp32", "model=a/b"]).model == load(None, ["model=a/b", "model.dtype=fp32"]).model
+    assert load(recipe, ["model=a/b"]).model == load(None, ["model=a/b"]).model
+
+
 def test_the_objective_takes_the_algorithms_defaults_where_nothing_is_said() -> None:
     assert settle({}).objective.l2 == 0
     assert settle({"algorithm": {"name": "t-spmo"}}).objective.l2 > 0

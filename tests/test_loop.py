@@ -290,7 +290,7 @@ def test_nothing_to_learn_is_a_fact_and_no_error(capsys: pytest.CaptureFixture[s
 def test_what_all_functions_pass_over_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     train(config(steps=1), rewards=[lambda completions, **others: [None] * len(completions)])
     told = capsys.readouterr().err
-    assert "returned None for all 12 completions" in told
+    assert "none of the 12 completions of the first step got a reward" in told
     assert "scored 0" not in told
 
 

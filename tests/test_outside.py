@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def pasted(module: str, word: str) -> str:
 @pytest.fixture(autouse=True)
 def _modules_of_this_test_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(".")
-    for name in ("mine", "sums", "engine"):
+    for name in ("mine", "sums", "engine", "grpo"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -50,6 +51,21 @@ def test_a_run_with_all_of_them_is_named_and_resumed() -> None:
     train(config(**own, out="whole"), quiet=True)
     assert metrics("run") == metrics("whole")
     assert same_weights("run", "whole")
+
+
+def test_a_module_may_be_called_as_an_entry_is_and_be_named_with_a_dot() -> None:
+    name = pasted("grpo", "RLOO")
+    assert type(configs.settle({"algorithm": name}).algorithm).__name__ == "RLOO"
+    assert type(configs.settle({"algorithm": name.replace(":", ".")}).algorithm).__name__ == "RLOO"
+
+
+def test_an_instance_is_taken_where_its_name_leads_back_to_its_class() -> None:
+    pasted("mine", "RLOO")
+    own = import_module("mine").RLOO
+    assert configs.settle({"algorithm": own(name="mine:RLOO")}).algorithm == own(name="mine:RLOO")
+    for name in ("rloo", "grpo", "mine:Other"):
+        with pytest.raises(ConfigError, match=r'algorithm is a RLOO whose name is .* give it name="mine:RLOO"'):
+            configs.settle({"algorithm": own(name=name)})
 
 
 def test_an_adapter_that_differs_in_name_only_trains_the_same_weights() -> None:

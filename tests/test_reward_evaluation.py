@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from shoestring import ConfigError, DataError, train
+from shoestring.loop import where_it_lies
 from shoestring.policy import load_policy
 from shoestring.rollout import encode, roll_out
 from shoestring.runs import model_settings
@@ -56,6 +57,35 @@ def test_the_mean_is_that_of_greedy_completions_of_the_last_weights(capsys: pyte
     assert "shoestring eval" not in told  # it has nothing to judge by
 
 
+def test_all_rows_are_looked_at_unless_fewer_are_asked_for_and_the_closing_hint_names_them() -> None:
+    many = [{"prompt": f"{a}*4=", "answer": str(4 * a)} for a in range(100, 230)]
+    train(own(steps=1), data=many[:40], eval_data=many, quiet=True)
+    assert evaluations()[0]["problems"] == 130
+    run = train(own(steps=1, evaluation={"num": 7}, out="few"), data=many[:40], eval_data=many, quiet=True)
+    assert evaluations("few")[0]["problems"] == 7
+    assert "--split validation" in where_it_lies(run)
+
+
+def test_completions_that_are_late_are_said_and_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("late.py").write_text(
+        "import time\n\n\ndef slow(prompts, **others):\n"
+        "    time.sleep(3 if prompts[0][-1]['content'].startswith(('20', '21')) else 0)\n    return [1.0]\n"
+    )
+    rewards = {"functions": ["late:slow"], "workers": 2, "timeout": 1.0, "on_timeout": "unscored"}
+    train(own(steps=1, rewards=rewards, task={"check": "none"}), data=ROWS[:8], eval_data=OTHERS[:4], quiet=True)
+    assert [(line["problems"], line["timed_out"], line["reward"]) for line in evaluations()] == [(2, 2, 1.0)] * 2
+    assert capsys.readouterr().err.count("took longer than rewards.timeout (1 s)") == 4
+
+
+def test_a_function_that_fails_in_an_evaluation_is_said_so() -> None:
+    def groups_only(completions: list[Any], **others: Any) -> list[float]:
+        assert len(completions) % 4 == 0, "whole groups"
+        return [0.5] * len(completions)
+
+    with pytest.raises(DataError, match=r"in the evaluation after step 0 \(one completion a problem\) reward function"):
+        train(own(), rewards=[groups_only], data=ROWS, eval_data=OTHERS[:3], quiet=True)
+
+
 def test_eval_data_is_the_split_that_evaluations_look_at_and_nothing_else_is() -> None:
     run = train(own(steps=1, evaluation={"split": "test"}), rewards=[longer], data=ROWS, eval_data=OTHERS, quiet=True)
     task = run.config.task
@@ -75,14 +105,26 @@ def test_answers_judge_where_there_are_any_unless_rewards_are_asked_for() -> Non
 
 
 def test_the_best_is_kept_though_all_rewards_are_below_zero() -> None:
-    run = train(own(steps=8, evaluation={"keep": "best"}), rewards=[longer], data=ROWS, eval_data=OTHERS, quiet=True)
+    judged = [0]
+
+    def worse_in_the_end(completions: list[Any], trainer_state: Any, **others: Any) -> list[float]:
+        if len(completions) == len(OTHERS):
+            judged[0] += 1
+            return [-5.0 if judged[0] == 2 else -9.0] * len(completions)
+        return longer(completions)
+
+    kinds: dict[str, Any] = {"data": ROWS, "eval_data": OTHERS, "quiet": True}
+    sampling = {"num_prompts": 2, "num_completions": 4}
+    run = train(own(evaluation={"keep": "best"}, sampling=sampling), rewards=[worse_in_the_end], **kinds)
     found = evaluations()
-    best = max(found, key=lambda line: line["reward"])  # of equals the first
-    assert best["reward"] < 0
-    assert run.best_step == best["step"]
+    assert [line["reward"] for line in found] == [-9.0, -5.0, -9.0]
+    best = found[1]
+    assert run.best_step == best["step"] == 2
     kept = load_file("run/adapter/adapter_model.safetensors")
     of_step = load_file(f"run/best/step-{best['step']}/adapter_model.safetensors")
     assert all(torch.equal(kept[name], of_step[name]) for name in kept)
+    last = load_file("run/checkpoints/step-4/weights.safetensors")
+    assert not all(torch.equal(value, last[name.replace(".weight", ".default.weight")]) for name, value in kept.items())
 
 
 def test_a_resumed_run_evaluates_as_one_that_never_stopped() -> None:
@@ -117,7 +159,7 @@ def test_what_no_function_scores_is_left_out() -> None:
 
 
 def test_an_evaluation_in_which_nothing_is_scored_is_said() -> None:
-    with pytest.raises(DataError, match="returned None for all 12 problems of the evaluation"):
+    with pytest.raises(DataError, match=r"none of the 12 problems of the evaluation got a reward \(0 not in time"):
         train(own(), rewards=[lambda completions, **_: [None] * len(completions)], data=ROWS, eval_data=OTHERS)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from shoestring import ConfigError, train
+from shoestring import ConfigError, DataError, train
 from shoestring import config as configs
 from shoestring.trackers import TRACKERS
 from test_loop import config
@@ -37,8 +37,10 @@ class Run:
         if Path("gone").exists():
             raise ConnectionError("no such server")
 
-    def finish(self):
-        self.tell("finish", None)
+    def finish(self, exit_code=0):
+        self.tell("finish", exit_code)
+        if Path("gone").exists():
+            raise ConnectionError("no such server")
 
 
 def init(**values):
@@ -78,7 +80,8 @@ def scalars() -> dict[str, list[tuple[int, float]]]:
     return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def test_tensorboard_holds_each_step_once_though_the_run_was_killed_and_resumed() -> None:
+@pytest.mark.parametrize("left", [["step-2"], []])
+def test_tensorboard_holds_each_step_once_though_the_run_was_killed_and_resumed(left: list[str]) -> None:
     train(tracked("tensorboard"), quiet=True)
     whole = scalars()
     metrics, evaluations = lines("metrics.jsonl"), lines("evals.jsonl")
@@ -87,7 +90,8 @@ def test_tensorboard_holds_each_step_once_though_the_run_was_killed_and_resumed(
     assert whole["train/seconds/sample"] == [(m["step"], pytest.approx(m["seconds"]["sample"])) for m in metrics]
     assert whole["eval/accuracy"] == [(e["step"], pytest.approx(e["accuracy"])) for e in evaluations]
     assert not any(math.isnan(value) for points in whole.values() for _, value in points)
-    shutil.rmtree("run/checkpoints/step-4")  # as if it had been killed behind step 2's checkpoint
+    for checkpoint in {"step-2", "step-4"} - {*left}:  # as if it had been killed before these
+        shutil.rmtree(f"run/checkpoints/{checkpoint}")
     train({"steps": 4}, resume="run", quiet=True)
     assert [step for step, _ in scalars()["train/loss"]] == [0, 1, 2, 3]
     assert [step for step, _ in scalars()["eval/accuracy"]] == [0, 2, 4]
@@ -106,7 +110,7 @@ def test_a_package_hears_of_each_step_and_of_a_resumed_run_as_the_same(package: 
     rewards = [(step, values["train/reward"]) for step, values in logged if "train/reward" in values]
     assert rewards == [(m["step"], m["reward"]) for m in lines("metrics.jsonl")]
     assert [step for step, values in logged if "eval/accuracy" in values] == [0, 2, 2, 4]
-    assert len(calls("finish")) == 2
+    assert calls("finish") == [0, 0]
 
 
 def test_two_runs_of_one_name_are_two(package: str) -> None:
@@ -123,6 +127,32 @@ def test_a_server_that_is_gone_ends_no_run(package: str, capsys: pytest.CaptureF
     assert len(calls("log")) == 1
     told = capsys.readouterr().err
     assert told.count("the run goes on without it: ConnectionError: no such server") == 1
+    assert told.count("Tracking could not be closed: ConnectionError: no such server") == 1
+
+
+def test_a_run_that_fails_is_failed_there_too_and_tells_its_own_error(package: str) -> None:
+    Path("gone").touch()
+
+    def breaks(completions: list[Any], trainer_state: Any, **others: Any) -> list[float]:
+        return [1.0] * (len(completions) - trainer_state.global_step)
+
+    with pytest.raises(DataError, match="breaks returned 11 values for 12 completions"):
+        train(config(tracking=package), rewards=[breaks], quiet=True)
+    assert calls("finish") == [int(package == "wandb")]
+
+
+def test_a_run_that_is_renamed_and_resumed_from_within_is_the_same(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    train(tracked(package, steps=2), quiet=True)
+    first = calls("init")[0]
+    Path("run").rename("renamed")
+    monkeypatch.chdir("renamed")
+    train({"steps": 4}, resume=".", quiet=True)
+    second = calls("init")[0]
+    assert (first["name"], first.get("id")) == (second["name"], second.get("id"))
+    assert first["name"].startswith("run-")
 
 
 def test_one_that_cannot_start_is_said_and_the_same_command_works_later(package: str) -> None:

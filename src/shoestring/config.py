@@ -287,15 +287,27 @@ def read(recipe: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, 
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f'the recipe is "{recipe}"', f"it is not TOML ({error})", "mend that line") from None
-    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".name")):  # names first
+    for override in sorted(overrides, key=lambda text: not _names_one(text)):  # these first
         values = overridden(values, override)
     return values
+
+
+def _names_one(override: str) -> bool:
+    """Whether it says which algorithm, task or the like: algorithm.name=grpo, or algorithm=grpo."""
+    key = override.partition("=")[0]
+    return key.endswith(".name") or is_named(key)
+
+
+def is_named(key: str) -> bool:
+    """Whether a bare text under the key is a name."""
+    return key.strip() in (*DEFAULTS, "model")
 
 
 def overridden(values: Mapping[str, Any], text: str) -> dict[str, Any]:
     """A nested mapping with `a.b.c=value` set in it. The value is read as TOML; what is not TOML is a string.
 
     A new `name` starts its table afresh, since the settings of one algorithm or task are not those of another.
+    `algorithm=grpo` is short for `algorithm.name=grpo`, and so with the others that have names.
     """
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
@@ -303,6 +315,9 @@ def overridden(values: Mapping[str, Any], text: str) -> dict[str, Any]:
             f'the override is "{text}"', "it has no key and value", "write key=value, such as optim.lr=1e-4"
         )
     *parents, last = key.strip().split(".")
+    value = parsed(raw.strip())
+    if is_named(key) and isinstance(value, str):
+        parents, last = [last], "name"
     changed = copy.deepcopy(dict(values))
     table: dict[str, Any] = changed
     for part in parents:
@@ -312,7 +327,6 @@ def overridden(values: Mapping[str, Any], text: str) -> dict[str, Any]:
         if not isinstance(inner, dict):
             raise ConfigError(f'the override is "{text}"', f"{part} is not a table", "write a key of a table")
         table = inner
-    value = parsed(raw.strip())
     fresh = last == "name" and len(parents) == 1 and parents != ["optim"]  # the optimizers share their settings
     if fresh and table.get("name", DEFAULTS.get(parents[0], value)) != value:
         table.clear()

@@ -13,10 +13,11 @@ import torch
 
 from shoestring.errors import ConfigError, DataError
 from shoestring.policy import Policy
+from shoestring.rewards import Scored
 from shoestring.rollout import Rollout, encode, roll_out
 from shoestring.samplers.base import Engine, Sampling
 from shoestring.tasks.base import Task, has_answers, parts, stable_hash
-from shoestring.types import Problem, Score
+from shoestring.types import Problem
 
 _Z95 = 1.959963984540054
 _RESAMPLES = 2_000
@@ -177,9 +178,11 @@ class RewardEvaluation:
     truncated: float
     """Share of completions that were cut off."""
     tokens: int
+    timed_out: tuple[str, ...] = ()
+    """The problems whose completion was not scored in time; `rewards.on_timeout` says what they count."""
 
     def as_json(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {**vars(self), "timed_out": len(self.timed_out)}
 
 
 def evaluate_by_rewards(
@@ -187,15 +190,17 @@ def evaluate_by_rewards(
     engine: Engine,
     task: Task,
     settings: EvalSettings,
-    scored: Callable[[Sequence[Rollout]], Sequence[Score]],
+    scored: Callable[[Sequence[Rollout]], Scored],
 ) -> RewardEvaluation:
     """As `evaluate`, with one greedy completion a problem, and by what `scored` makes of them all."""
     settings.check()
     problems, rollouts = answered(policy, engine, task, replace(settings, ks=(1,), samples=1, temperature=0.0))
-    values = [score.value for score in scored(rollouts) if not score.parts.get("unscored")]
+    found = scored(rollouts)
+    values = [score.value for score in found.scores if not score.parts.get("unscored")]
     if not values:
         raise DataError(
-            f"the reward functions returned None for all {len(problems)} problems of the evaluation",
+            f"none of the {len(problems)} problems of the evaluation got a reward ({len(found.timed_out)} not in time, "
+            "the others None)",
             "there is nothing to take a mean of",
             "let a function score them, or evaluate nothing (eval_every = 0)",
         )
@@ -210,6 +215,7 @@ def evaluate_by_rewards(
         high=high,
         truncated=sum(c.stop == "length" for c in completions) / len(completions),
         tokens=sum(len(c.token_ids) for c in completions),
+        timed_out=tuple(found.timed_out),
     )
 
 

@@ -19,7 +19,7 @@ from shoestring.checkpoint import State
 from shoestring.clock import Clock
 from shoestring.config import RunConfig
 from shoestring.environment import command, quoted
-from shoestring.errors import ConfigError, NonFiniteError, ShoestringError
+from shoestring.errors import ConfigError, DataError, NonFiniteError, ShoestringError
 from shoestring.evaluation import EvalSettings, check_judges, evaluate, evaluate_by_rewards, first_problems
 from shoestring.locks import locked
 from shoestring.memory import capped, give_back
@@ -39,7 +39,7 @@ from shoestring.samplers.base import Engine
 from shoestring.signals import held_back
 from shoestring.summary import Done, step_report, warnings
 from shoestring.tasks.base import has_answers, parts, stable_hash
-from shoestring.types import Group, Problem, Prompt, Score, StepReport
+from shoestring.types import Group, Problem, Prompt, StepReport
 
 # A step whose gradient is not finite is skipped; so many in a row are no accident.
 _MOST_SKIPPED = 3
@@ -183,8 +183,8 @@ def _run(folder: Path, config: RunConfig, rewards: Rewards, *, quiet: bool, prof
         session, state, longest = _open(folder, config, problems, scoring, quiet=quiet)
         with (
             held_back("Stopping once this step is done and saved") as stopped,
-            config.tracking.opened(folder, config.model_dump(mode="json"), state.step) as log,
-            session.reporter.running(state.step, log),
+            session.reporter.tracking(config.tracking, config.model_dump(mode="json"), state.step),
+            session.reporter.running(state.step),
         ):
             if state.step < config.steps:
                 budgets.rehearse(session, state, longest)
@@ -442,8 +442,12 @@ def _evaluate(session: Session, state: State) -> None:
         allow_truncated_prompts=config.allow_truncated_prompts,
     )
 
-    def scored(rollouts: Sequence[Rollout]) -> Sequence[Score]:
-        return session.scoring.score(_rows(rollouts), _trainer_state(session, state.step)).scores
+    def scored(rollouts: Sequence[Rollout]) -> Scored:
+        try:
+            return session.scoring.score(_rows(rollouts), _trainer_state(session, state.step))
+        except DataError as error:
+            given = f"in the evaluation after step {state.step} (one completion a problem) {error.given}"
+            raise DataError(given, error.why, error.write) from error
 
     with _saved_at(session, state, BaseException):
         if config.evaluated_by == "answers":
@@ -452,6 +456,11 @@ def _evaluate(session: Session, state: State) -> None:
         else:
             found = evaluate_by_rewards(session.policy, session.engine, config.task, settings, scored)
             figure = found.reward
+            for problem in found.timed_out:
+                session.reporter.warn(
+                    f"After step {state.step}: the completion of problem {problem} took longer than rewards.timeout "
+                    f"({config.rewards.timeout:g} s) to score."
+                )
     state.wave_tokens = session.engine.wave_tokens
     again = state.best_step == state.step  # after an error
     best = figure > state.best_accuracy or state.best_step < 0 or again

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from shoestring.rounds import Sampled
-from shoestring.trackers.base import Log
+from shoestring.trackers.base import Log, Tracker
 from shoestring.types import StepReport
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
@@ -31,9 +32,21 @@ class Reporter:
         self._log: Log = _nowhere
 
     @contextmanager
-    def running(self, done: int, log: Log) -> Iterator[None]:
-        """Shows a progress bar on a terminal, and nothing but lines elsewhere; a tracker's `log` hears of all."""
-        self._log = log
+    def tracking(self, tracker: Tracker, config: Mapping[str, Any], done: int) -> Iterator[None]:
+        """The tracker hears of every step and evaluation. Once it is open, its failures end no run."""
+        opened = tracker.opened(self.folder, config, done)
+        self._log = opened.__enter__()
+        try:
+            yield
+        finally:
+            try:
+                opened.__exit__(*sys.exc_info())
+            except Exception as error:
+                self.warn(f"Tracking could not be closed: {type(error).__name__}: {error}")
+
+    @contextmanager
+    def running(self, done: int) -> Iterator[None]:
+        """Shows a progress bar on a terminal, and nothing but lines elsewhere."""
         if not self.console.is_terminal or self.console.quiet:
             yield
             return

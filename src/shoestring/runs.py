@@ -43,7 +43,10 @@ def open_run(
         values = config.model_dump(exclude_none=True) if isinstance(config, RunConfig) else _values(config)
         task = _data_task(values.get("task") or {}, bool(rewards) and "task" not in rewards)
         asked = configs.settle({**values, "task": {**task, "name": "file:data"}})  # mistakes come before the folder
-        files = {"train": _data_lines(data), **_evaluation_lines(eval_data, asked)}
+        files = {"train": _data_lines(data)}
+        if eval_data is not None:
+            files[_evaluation_split(asked)] = lines = _data_lines(eval_data, "eval_data")
+            values["evaluation"] = {"num": lines.count("\n"), **(values.get("evaluation") or {})}
         folder = _new_folder(values.get("out"), "file", _algorithm_name(values))
         own = (folder / "data").absolute()
         own.mkdir()
@@ -108,7 +111,7 @@ def _refuse_python(given: str, config: RunConfig, call: str) -> None:
 def discard_unused(folder: Path) -> None:
     """Removes a new run's folder if no step has come into it."""
     names = {path.name for path in folder.iterdir()}
-    if names <= {"config.toml", "data", "tracking-id", "wandb", "tensorboard"}:
+    if names <= {"config.toml", "data", "tracking-name", "wandb", "tensorboard"}:
         shutil.rmtree(folder)
 
 
@@ -149,10 +152,8 @@ def _next_free(parent: Path, name: str) -> Path:
     return parent / f"{clean}-{max(numbers, default=0) + 1}"
 
 
-def _evaluation_lines(rows: Iterable[Mapping[str, Any]] | None, config: RunConfig) -> dict[str, str]:
-    """The rows of the split that evaluations look at, by its name; none where none are given."""
-    if rows is None:
-        return {}
+def _evaluation_split(config: RunConfig) -> str:
+    """The split that evaluations look at, of which `eval_data` are the rows."""
     if not config.eval_every:
         raise ConfigError(
             "eval_data is given and eval_every is 0", "nothing would look at it", "write eval_every = 20 or so"
@@ -164,7 +165,7 @@ def _evaluation_lines(rows: Iterable[Mapping[str, Any]] | None, config: RunConfi
             "it is what is held back from training",
             'leave evaluation.split out, or write "test"',
         )
-    return {split: _data_lines(rows, "eval_data")}
+    return split
 
 
 def _data_lines(data: Iterable[Mapping[str, Any]], name: str = "data") -> str:
@@ -190,7 +191,9 @@ def _data_task(task: str | Mapping[str, Any], own_rewards: bool) -> dict[str, An
 def split_hint(config: RunConfig) -> str:
     """What `eval` needs to be told about a run on rows of one's own that have no test part."""
     files = config.task.files() if isinstance(config.task, File) else {}
-    return f" --split {min(files)}" if files and "test" not in files else ""
+    if not files or "test" in files:
+        return ""
+    return f" --split {'validation' if 'validation' in files else min(files)}"
 
 
 def saved(folder: Path) -> dict[str, Any]:

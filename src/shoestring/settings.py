@@ -26,7 +26,7 @@ def pick(table: dict[str, type[Any]], kind: str, value: Any, default: str = "") 
     "package.module:Class" asks for a class from outside this package.
     """
     if isinstance(value, BaseModel):
-        return value
+        return _named_so(table, kind, value)
     if isinstance(value, str):
         value = {"name": value}
     if isinstance(value, dict) and default:
@@ -35,10 +35,32 @@ def pick(table: dict[str, type[Any]], kind: str, value: Any, default: str = "") 
         raise ConfigError(
             f"[{kind}] is {value!r}", "it does not say which one", f'write name = "..."; {nearest("", table)}'
         )
-    key, colon, _ = value["name"].partition(":")
-    if key not in table and not colon:
-        raise ConfigError(f'{kind}.name is "{value["name"]}"', f"there is no such {kind}", nearest(key, table))
-    return build(table[key] if key in table else _from_outside(value["name"], table, kind), value, kind)
+    return build(_class_named(table, kind, value["name"]), value, kind)
+
+
+def _class_named(table: dict[str, type[Any]], kind: str, name: str) -> type[Any]:
+    key, colon, _ = name.partition(":")
+    if key in table and (not colon or table[key].model_fields["name"].annotation is str):  # such as gym:<generator>
+        return table[key]
+    if colon or "." in name:
+        return _from_outside(name, table, kind)
+    raise ConfigError(f'{kind}.name is "{name}"', f"there is no such {kind}", nearest(key, table))
+
+
+def _named_so(table: dict[str, type[Any]], kind: str, value: Any) -> Any:
+    """The value, if a run's config.toml can name its class, since otherwise the run could not be resumed."""
+    cls, name = type(value), getattr(value, "name", "")
+    try:
+        named = _class_named(table, kind, name)
+    except ConfigError:
+        named = None
+    if named is not cls:
+        raise ConfigError(
+            f'{kind} is a {cls.__name__} whose name is "{name}"',
+            "by that name it would not be found again, so a run could not be resumed",
+            f'let the field name be a text, and give it name="{cls.__module__}:{cls.__qualname__}"',
+        )
+    return value
 
 
 def _from_outside(name: str, table: dict[str, type[Any]], kind: str) -> type[Any]:

@@ -105,8 +105,8 @@ def warnings(done: Done, config: RunConfig) -> Iterator[str]:
         )
     if step == 0 and all(score.parts.get("unscored") for group in groups for score in group.scores):
         yield (
-            f"WARNING: the reward functions returned None for all {len(scores)} completions of the first step, so "
-            "nothing could be learnt from it. None means that a function passes a completion over."
+            f"WARNING: none of the {len(scores)} completions of the first step got a reward, so nothing could be "
+            "learnt from it: the functions returned None, which passes a completion over, or were not done in time."
         )
     elif step == 0 and not any(scores):
         yield (

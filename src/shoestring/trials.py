@@ -80,7 +80,7 @@ def axis(text: str) -> tuple[str, list[Any]]:
             "it is no setting with values",
             'write one such as optim.lr=1e-5,3e-5; values with commas as a TOML list: task.system=["a, b", "c"]',
         )
-    bare = key in (*configs.DEFAULTS, "model") and all(isinstance(value, str) for value in values)
+    bare = configs.is_named(key) and all(isinstance(value, str) for value in values)
     return f"{key}.name" if bare else key, values
 
 

@@ -64,6 +64,7 @@ class File(Checked):
             f'there is no "{split}" part (found: {", ".join(sorted(files)) or "none"})',
             f"add a file {split}.jsonl"
             + (", or set task.validation" if split == "validation" else "")
+            + (" (from Python: give eval_data)" if split == "validation" and path.name == "data" else "")
             + (f", or ask by name for what there is: eval --split {min(files)}" if split == "test" and files else ""),
         )
 

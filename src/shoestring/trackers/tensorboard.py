@@ -24,7 +24,7 @@ class TensorBoard(Settings):
     def opened(self, folder: Path, config: Mapping[str, Any], done: int) -> Iterator[Log]:
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(folder / "tensorboard"), purge_step=done or None) as writer:
+        with SummaryWriter(str(folder / "tensorboard"), purge_step=done) as writer:
 
             def log(step: int, values: Mapping[str, float]) -> None:
                 for name, value in values.items():

@@ -36,8 +36,13 @@ class _Package(Settings):
             raise ConfigError(given, f"it cannot be started ({error})", "mend that, or leave tracking out") from error
         try:
             yield lambda step, values: run.log(dict(values), step=step)
-        finally:
-            run.finish()
+        except BaseException:
+            self.finish(run, failed=True)
+            raise
+        self.finish(run, failed=False)
+
+    def finish(self, run: Any, *, failed: bool) -> None:
+        run.finish()
 
     def called(self, folder: Path) -> dict[str, Any]:
         """What makes a resumed run one with what was tracked of it before."""
@@ -51,7 +56,11 @@ class WandB(_Package):
     package: ClassVar[str] = "wandb"
 
     def called(self, folder: Path) -> dict[str, Any]:
-        return {"name": folder.name, "id": kept_id(folder), "dir": str(folder)}
+        name = kept_name(folder)
+        return {"name": name, "id": name[-8:], "dir": str(folder)}
+
+    def finish(self, run: Any, *, failed: bool) -> None:
+        run.finish(exit_code=int(failed))
 
 
 class Trackio(_Package):
@@ -61,14 +70,14 @@ class Trackio(_Package):
     package: ClassVar[str] = "trackio"
 
     def called(self, folder: Path) -> dict[str, Any]:
-        return {"name": f"{folder.name}-{kept_id(folder)}"}  # it resumes by name
+        return {"name": kept_name(folder)}  # it resumes by name
 
 
-def kept_id(folder: Path) -> str:
-    """One for each run, in a file of its folder."""
-    path = folder / "tracking-id"
+def kept_name(folder: Path) -> str:
+    """That of the run's folder and 8 letters of its own, in a file there: the folder may be moved or renamed."""
+    path = folder / "tracking-name"
     if not path.is_file():
-        draft = folder / ".draft-tracking-id"
-        draft.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        draft = folder / ".draft-tracking-name"
+        draft.write_text(f"{folder.absolute().name}-{uuid.uuid4().hex[:8]}", encoding="utf-8")
         os.replace(draft, path)
     return path.read_text(encoding="utf-8")
