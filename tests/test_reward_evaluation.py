@@ -140,11 +140,11 @@ def test_a_resumed_run_evaluates_as_one_that_never_stopped() -> None:
 
 
 def test_workers_judge_alike() -> None:
-    Path("my_rewards.py").write_text(
+    Path("own_rewards.py").write_text(
         "def longer(completions, **others):\n    return [-abs(40.0 - len(c[0]['content'])) for c in completions]\n"
     )
     for workers, out in ((0, "here"), (1, "there")):
-        rewards = {"functions": ["my_rewards:longer"], "workers": workers}
+        rewards = {"functions": ["own_rewards:longer"], "workers": workers}
         task = {"check": "none"}
         train(own(steps=1, rewards=rewards, task=task, out=out), data=ROWS, eval_data=OTHERS, quiet=True)
     assert [e["reward"] for e in evaluations("here")] == [e["reward"] for e in evaluations("there")]
