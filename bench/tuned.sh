@@ -32,7 +32,7 @@ case $name in
     for digits in "${others[@]}"; do
       elsewhere+=("${digits/,/x} --task multiplication --max-new-tokens 128 task.digits=[$digits]")
     done ;;
-  multiply-embedded-hard) digits=[3,2] tokens=80 taught=6400 ;;&
+  multiply-embedded-hard) digits=[3,2] tokens=80 taught=6400 longer_methods=(grpo s-grpo t-spmo) ;;&
   multiply-embedded-harder) digits=[3,3] tokens=128 taught=12800 ;;&
   multiply-embedded-*)
     export OMP_NUM_THREADS=1

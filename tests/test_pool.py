@@ -152,7 +152,7 @@ def test_a_row_that_hangs_counts_0_and_the_others_are_scored() -> None:
 
 def test_a_row_that_hangs_may_count_as_the_others_of_its_prompt() -> None:
     same = [row._replace(problem=Problem("p", "1+1=", "2")) for row in rows("a", "bbbbb", "cc")]
-    with opened(Rewards([functions.hangs, functions.logs]), TASK, pool(timeout=0.5, on_timeout="unscored")) as scoring:
+    with opened(Rewards([functions.hangs, functions.logs]), TASK, pool(timeout=2.0, on_timeout="unscored")) as scoring:
         scored = scoring.score(same, STATE)
     assert list(scored.timed_out) == ["p"]
     first, late, last = scored.scores

@@ -172,6 +172,23 @@ def test_a_task_without_solutions_is_refused() -> None:
     assert not Path("warm").exists()
 
 
+def test_rows_as_trl_has_them_teach_the_same() -> None:
+    asked, told = {"role": "user", "content": "2*3="}, {"role": "assistant", "content": "#### 6"}
+    kinds: list[dict[str, Any]] = [
+        {"prompt": "2*3=", "solution": "#### 6"},
+        {"prompt": "2*3=", "completion": "#### 6"},
+        {"prompt": [asked], "completion": [told]},
+        {"messages": [asked, told]},
+    ]
+    seen = []
+    for number, row in enumerate(kinds):
+        Path(f"rows-{number}.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
+        _, _, kept, _ = small_rows(task={"name": f"file:rows-{number}.jsonl", "check": "none"})
+        seen.append([(row.token_ids, row.target.tolist()) for row in kept])
+    assert seen[0]
+    assert all(other == seen[0] for other in seen)
+
+
 def test_a_row_without_a_solution_among_others_teaches_no_empty_answer() -> None:
     """BUG: only the first row is looked at; any other without a solution is taught as an empty answer."""
     rows = [{"prompt": "2*3=", "answer": "6", "solution": "#### 6"}, {"prompt": "2*4=", "answer": "8"}]

@@ -241,9 +241,10 @@ def test_a_file_named_for_a_split_is_that_split_and_a_folder_holds_several() -> 
         pick(TASKS, "task", {"name": "file:f", "validation": 50}).problems("train")
 
 
-def test_conversations_and_text_answers() -> None:
+@pytest.mark.parametrize("column", ["prompt", "messages"])
+def test_conversations_and_text_answers(column: str) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Capital of France?"}]
-    write_jsonl(Path("train.jsonl"), [{"prompt": messages, "answer": "Paris"}])
+    write_jsonl(Path("train.jsonl"), [{column: messages, "answer": "Paris"}])
     task = pick(TASKS, "task", {"name": "file:train.jsonl", "check": "text"})
     [problem] = task.problems("train")
     assert task.ask(problem) == messages

@@ -20,7 +20,8 @@ class File(Checked):
     """Rows of a JSONL, CSV or Parquet file, or of a folder with train, validation and test files.
 
     A file named for a split is that split; the rows of any other are parted by a hash of their question, 90/5/5. A
-    `prompt` may be text or a list of chat messages; further columns reach the user's reward functions.
+    `prompt` may be text or a list of chat messages; further columns reach the user's reward functions. A worked answer
+    for `sft` stands under `solution`, or as TRL has it: under `completion`, or as the last of `messages`.
     """
 
     name: str
@@ -76,6 +77,7 @@ class File(Checked):
 
     def _problem(self, row: Row, index: int, source: str) -> Problem:
         where = f"{source} row {index + 1}"
+        row = _parted(row)
         question = row.get("prompt", row.get("question"))
         if question in ("", []):
             raise DataError(f"{where} has an empty prompt", "there is nothing to ask", "fill it in, or remove the row")
@@ -89,8 +91,8 @@ class File(Checked):
         if not isinstance(question, str):
             meta["messages"] = self._messages(question, where)
             question = meta["messages"][-1]["content"]
-        if row.get("solution"):
-            meta["solution"] = str(row["solution"])
+        if solution := row.get("solution") or _text(row.get("completion")):
+            meta["solution"] = str(solution)
         identity = str(row.get("id") or f"{Path(source).name}-{stable_hash(_whole(question, meta)):016x}")
         return Problem(identity, question, self._answer(row, where), meta)
 
@@ -157,6 +159,24 @@ class Hub(File):
         if held and self.validation:
             return list(hub_rows(source, "train")), "held back"
         return list(hub_rows(source, split)), "all"
+
+
+def _parted(row: Row) -> Row:
+    """A row of whole conversations, under `messages`, as one with a prompt; what the assistant says last is its
+    completion."""
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages or not {"prompt", "question"}.isdisjoint(row):
+        return row
+    answered = isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
+    rest = {key: value for key, value in row.items() if key != "messages"}
+    return {"prompt": messages[:-1], "completion": messages[-1:], **rest} if answered else {"prompt": messages, **rest}
+
+
+def _text(completion: Any) -> Any:
+    """What a completion says: text, or a list of one message."""
+    if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
+        return completion[0].get("content")
+    return completion if isinstance(completion, str) else None
 
 
 def _whole(question: str, meta: Mapping[str, Any]) -> str:
