@@ -253,6 +253,21 @@ def sft(
 
 
 @app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="A run's folder.")],
+    out: Annotated[
+        str | None, typer.Option(help="The file to write; default: report.html in the run's folder.")
+    ] = None,
+) -> None:
+    """Write a run as one HTML page: its curves, completions with the credit of their tokens, its settings."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the tokenizer that is on this machine has to do
+
+    from shoestring.page import write_page
+
+    print(f"report: {write_page(run, out)}")
+
+
+@app.command()
 def merge(
     run: Annotated[str, typer.Argument(help="A run's folder, or a PEFT adapter folder.")],
     out: Annotated[str, typer.Argument(help="The model folder to write.")],

@@ -509,6 +509,8 @@ def where_it_lies(run: Run) -> str:
         f"metrics:  {run.folder / 'metrics.jsonl'}",
         f"samples:  {run.folder / 'samples.jsonl'}",
     ]
+    if run.reports:
+        lines.append(f"report:   {command()} report {quoted(run.folder)}")
     if has_answers(parts(run.config.task)[0]):
         lines.append(f"evaluate: {command()} eval {quoted(run.folder)}{runs.split_hint(run.config)}")
     if len(run.reports) < run.config.steps:

@@ -1,0 +1,172 @@
+"""The page of a run: its numbers are those of the logs, its colours those of the credit, and text cannot break it."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoestring import ConfigError, train
+from shoestring import config as configs
+from shoestring.charts import HEIGHT, line_chart, ticks
+from shoestring.page import write_page
+from test_loop import config
+
+VOID = {"meta", "line", "polyline", "circle"}
+
+
+class Tags(HTMLParser):
+    """Checks that tags close in order, and keeps the text and attributes of what is named."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.names: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.names.append(tag)
+        if tag not in VOID or tag == "polyline":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.names.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def read(path: Path) -> tuple[str, Tags]:
+    text, tags = path.read_text(encoding="utf-8"), Tags()
+    tags.feed(text)
+    assert not tags.open
+    return text, tags
+
+
+def samples(folder: str = "run") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(folder, "samples.jsonl").read_text().splitlines()]
+
+
+def test_a_runs_page_holds_its_figures_and_needs_nothing_else() -> None:
+    run = train(config(steps=3, eval_every=1, evaluation={"num": 10}), quiet=True)
+    text, tags = read(write_page("run"))
+    evaluations = [json.loads(line) for line in Path("run/evals.jsonl").read_text().splitlines()]
+    best = max(evaluations, key=lambda line: line["accuracy"])
+    assert f"{evaluations[0]['accuracy']:.1%} &rarr; {best['accuracy']:.1%}" in text
+    trained, sampled = (sum(getattr(r, f"tokens_{name}") for r in run.reports) for name in ("trained", "sampled"))
+    assert f"{trained:,} of {sampled:,}" in text
+    assert tags.names.count("figure") == tags.names.count("svg") == 7
+    assert html.escape('name = "s-grpo"') in text
+    assert not re.search(r"https?:|src=|@import|<script", text)
+
+
+@pytest.mark.parametrize("algorithm", ["t-spmo", "s-grpo"])
+def test_colours_are_the_credit(algorithm: str) -> None:
+    """With the colour taken off, a text is what was sampled; coloured are as many tokens as were trained, each with its
+    advantage."""
+    train(config(steps=3, algorithm=algorithm), quiet=True)
+    text, _ = read(write_page("run"))
+    shown = re.findall(
+        r'(?s)<div class="dim">score (\S+), (\d+) tokens, (\d+) of[^<]*</div><div class="text">(.*?)</div>', text
+    )
+    assert shown
+    by_text = {(s["text"], s["score"], s["tokens"]): s for s in reversed(samples())}
+    for score, tokens, num, body in shown:
+        plain = html.unescape(re.sub(r"<[^>]*>", "", body)).removesuffix("⏎")
+        sample = by_text[plain, float(score), int(tokens)]
+        coloured = re.findall(r'background:rgba\((\d+),[^>]*title="([^"]*)"', body)
+        assert len(coloured) == int(num)
+        advantages = {f"{advantage:+.3f}" for _, advantage in sample["credit"] if advantage}
+        assert {told for _, told in coloured} <= advantages or len(by_text) < len(samples())
+        assert all((red == "46") == (told > "+" and told[0] == "+") for red, told in coloured)
+
+
+def test_texts_cannot_break_the_page_and_an_unknown_tokenizer_leaves_them_plain() -> None:
+    Path("run").mkdir()
+    settled = configs.settle({"model": "nobody/has-this", "task": "file:<b>x.jsonl"})
+    Path("run/config.toml").write_text(configs.dump(settled))
+    train(config(steps=1, out="other"), quiet=True)
+    line = json.loads(Path("other/metrics.jsonl").read_text())
+    Path("run/metrics.jsonl").write_text(json.dumps({**line, "loss": None, "grad_norm": None}) + "\n")
+    evil = "</div><script>alert('&amp;')</script>\u2028\U0001f600"
+    record = {**samples("other")[0], "question": evil, "answer": evil, "text": evil, "prefix_tokens": 0}
+    record["credit"] = [[0, 0.5], [1, -0.5]]
+    Path("run/samples.jsonl").write_text(json.dumps(record) + "\n")
+    text, tags = read(write_page("run", "out.html"))
+    assert "script" not in tags.names
+    assert text.count(html.escape(evil)) == 3
+    assert "cannot be had here" in text
+
+
+def test_a_run_without_credit_or_samples_has_a_page() -> None:
+    train(config(steps=1), rewards=[lambda completions, **_: [0.0] * len(completions)], quiet=True)
+    assert "None in which completions" in read(write_page("run"))[0]
+    Path("run/samples.jsonl").unlink()
+    assert "None in which completions" in read(write_page("run"))[0]
+
+
+def test_a_folder_without_a_run_or_without_a_step_is_told() -> None:
+    Path("empty").mkdir()
+    with pytest.raises(ConfigError, match=r"holds no config\.toml"):
+        write_page("empty")
+    Path("empty/config.toml").write_text(configs.dump(configs.settle({})))
+    with pytest.raises(ConfigError, match="no step of it is done"):
+        write_page("empty")
+    assert not Path("empty/report.html").exists()
+
+
+# --- charts ---------------------------------------------------------------------------------------------------------
+
+
+def placed(chart: str) -> list[tuple[float, float]]:
+    [points] = re.findall(r'<polyline points="([^"]*)"', chart)
+    return [(float(x), float(y)) for x, y in (pair.split(",") for pair in points.split())]
+
+
+def test_points_lie_where_the_axis_says() -> None:
+    """Read back by two labels of the axis, the heights are the values."""
+    values = [0.0, 12.5, 40.0, 33.0]
+    chart = line_chart({"a": list(enumerate(values))}, unit="%")
+    labels = re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)%', chart)
+    (y0, v0), (y1, v1) = ((float(y) - 3, float(v)) for y, v in (labels[0], labels[-1]))
+    assert (v0, v1) == (0.0, 40.0)
+    for (_, y), value in zip(placed(chart), values, strict=True):
+        assert v0 + (y - y0) / (y1 - y0) * (v1 - v0) == pytest.approx(value, abs=0.1)
+    xs = [x for x, _ in placed(chart)]
+    assert xs == sorted(xs)
+    assert xs[1] - xs[0] == pytest.approx(xs[3] - xs[2], abs=0.2)
+
+
+def test_what_is_not_finite_is_a_gap() -> None:
+    chart = line_chart({"a": [(0, 1.0), (1, 2.0), (2, math.nan), (3, 3.0), (4, 1.0), (5, math.inf)]})
+    assert chart.count("<polyline") == 2
+    assert "nan" not in chart
+    assert "inf" not in chart
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 10_000), st.floats(-1e12, 1e12) | st.sampled_from([math.nan, math.inf, 0.0, 1e-9])),
+        max_size=20,
+    )
+)
+def test_any_points_make_a_chart_and_stay_in_it(points: list[tuple[int, float]]) -> None:
+    chart = line_chart({"a": sorted(points)})
+    for _, y in re.findall(r"([-\d.]+),([-\d.]+)[ \"]", "".join(re.findall(r'points="[^"]*"', chart))):
+        assert -0.1 <= float(y) <= HEIGHT + 0.1
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
+def test_ticks_are_few_and_hold_all(low: float, width: float) -> None:
+    found = ticks(low, low + width)
+    slack = 1e-6 * max(abs(low), width)
+    assert found[0] <= low + slack
+    assert found[-1] >= low + width - slack
+    assert 2 <= len(found) <= 8
