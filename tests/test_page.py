@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from shoestring import ConfigError, train
 from shoestring import config as configs
 from shoestring.charts import HEIGHT, line_chart, ticks
-from shoestring.page import write_page
+from shoestring.page import pieces, write_page
 from test_loop import config
 
 VOID = {"meta", "line", "polyline", "circle"}
@@ -80,12 +80,15 @@ def test_colours_are_the_credit(algorithm: str) -> None:
     by_text = {(s["text"], s["score"], s["tokens"]): s for s in reversed(samples())}
     for score, tokens, num, body in shown:
         plain = html.unescape(re.sub(r"<[^>]*>", "", body)).removesuffix("⏎")
-        sample = by_text[plain, float(score), int(tokens)]
-        coloured = re.findall(r'background:rgba\((\d+),[^>]*title="([^"]*)"', body)
+        key = (float(score), int(tokens))
+        sample = by_text[plain, *key]
+        coloured = re.findall(r'background:rgba\((\d+),[^>]*title="([^"]*)">([^<]*)<', body)
         assert len(coloured) == int(num)
-        advantages = {f"{advantage:+.3f}" for _, advantage in sample["credit"] if advantage}
-        assert {told for _, told in coloured} <= advantages or len(by_text) < len(samples())
-        assert all((red == "46") == (told > "+" and told[0] == "+") for red, told in coloured)
+        letters = [html.escape(letter) for letter in sample["text"]] + ["&#x23CE;"]  # here a letter is a token
+        credits = [s["credit"] for s in samples() if (s["text"], s["score"], s["tokens"]) == (plain, *key)]
+        expected = [[(f"{a:+.3f}", letters[i]) for i, a in sorted(credit) if a] for credit in credits]
+        assert [(told, letter) for _, told, letter in coloured] in expected
+        assert all((red == "46") == (told[0] == "+") for red, told, _ in coloured)
 
 
 def test_texts_cannot_break_the_page_and_an_unknown_tokenizer_leaves_them_plain() -> None:
@@ -120,6 +123,41 @@ def test_a_folder_without_a_run_or_without_a_step_is_told() -> None:
     with pytest.raises(ConfigError, match="no step of it is done"):
         write_page("empty")
     assert not Path("empty/report.html").exists()
+
+
+def byte_level(*merged: str) -> Any:
+    """A tokenizer of single bytes, and of some whole words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    found = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", clean_up_tokenization_spaces=False)
+    found.add_tokens(list(merged))
+    return found
+
+
+@given(st.text(max_size=30))
+def test_pieces_are_the_text_in_order_and_a_letter_goes_with_its_last_byte(text: str) -> None:
+    tokenizer = byte_level()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    found = pieces([*ids, tokenizer.eos_token_id], text, tokenizer)
+    assert "".join(found) == text
+    assert len(found) == len(ids) + 1
+    if "\ufffd" not in text:
+        assert [piece for piece in found if piece] == list(text)
+        assert found[-1] == ""
+    for i, piece in enumerate(found):
+        if piece and ord(piece[0]) < 128:
+            assert tokenizer.decode([ids[i]]) == piece
+
+
+def test_what_does_not_fit_the_tokenizer_is_one_piece() -> None:
+    assert pieces([1, 2], "other", byte_level()) == ["other"]
+    assert pieces([], "of an older run", byte_level()) == ["of an older run"]
+    assert pieces([1], "text", None) == ["text"]
 
 
 # --- charts ---------------------------------------------------------------------------------------------------------

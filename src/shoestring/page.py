@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -219,22 +220,26 @@ def _group(group: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
 
 
 def _coloured(record: Mapping[str, Any], tokenizer: Any, most: float) -> str:
-    """The text, its tokens with credit in colour, where the tokenizer parts it into as many as were sampled."""
-    text = record["text"]
-    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True) if tokenizer else None
-    places = spans["offset_mapping"] if spans else []
-    ended = record["stop"] == "end"
-    if len(places) + ended != record["tokens"]:
-        return html.escape(text)
-    credit = dict(record["credit"])
-    parts, done = [], 0
-    for i, (start, end) in enumerate([*places, (len(text), len(text))][: record["tokens"]]):
-        parts.append(html.escape(text[done:start]))
-        shown = html.escape(text[start:end]) or "&#x23CE;"  # what ends the completion
+    """The text with the tokens that have credit in colour."""
+    credit, parts, ids = dict(record["credit"]), [], record.get("token_ids", ())
+    for i, piece in enumerate(pieces(ids, record["text"], tokenizer)):
+        shown = html.escape(piece)
         if advantage := credit.get(i):
+            nothing = "&#x23CE;" if i == len(ids) - 1 else "&middot;"
             colour = f"rgba({'46,158,107' if advantage > 0 else '214,69,65'},{0.25 + 0.5 * abs(advantage) / most:.2f})"
-            parts.append(f'<span style="background:{colour}" title="{advantage:+.3f}">{shown}</span>')
-        elif end > start:
-            parts.append(shown)
-        done = max(done, end)
-    return "".join([*parts, html.escape(text[done:])])
+            shown = f'<span style="background:{colour}" title="{advantage:+.3f}">{shown or nothing}</span>'
+        parts.append(shown)
+    return "".join(parts)
+
+
+def pieces(token_ids: Sequence[int], text: str, tokenizer: Any) -> list[str]:
+    """What each token adds to the text; a letter of several tokens belongs to its last, and one that ends the text adds
+    nothing. The whole text as one piece where tokenizer and text do not fit together."""
+    if not tokenizer or tokenizer.decode(token_ids, skip_special_tokens=True) != text:
+        return [text]
+    ends = [0]
+    for i in range(len(token_ids)):
+        so_far = tokenizer.decode(token_ids[: i + 1], skip_special_tokens=True)
+        ends.append(max(len(so_far) if text.startswith(so_far) else 0, ends[-1]))
+    ends[-1] = len(text)
+    return [text[start:end] for start, end in pairwise(ends)]

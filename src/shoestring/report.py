@@ -117,6 +117,7 @@ class Reporter:
                     "score": score.value,
                     "parts": dict(score.parts),
                     "tokens": len(completion.token_ids),
+                    "token_ids": completion.token_ids,
                     "stop": completion.stop,
                     "credit": chosen[g],
                 }
