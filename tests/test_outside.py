@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 from shoestring import ConfigError, train
 from shoestring import config as configs
+from shoestring.algorithms.grpo import GRPO
 from test_loop import SMALL, config, metrics, same_weights
 
 BLOCKS = re.findall(r"(?s)```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text())
@@ -53,10 +54,37 @@ def test_a_run_with_all_of_them_is_named_and_resumed() -> None:
     assert same_weights("run", "whole")
 
 
-def test_a_module_may_be_called_as_an_entry_is_and_be_named_with_a_dot() -> None:
-    name = pasted("grpo", "RLOO")
-    assert type(configs.settle({"algorithm": name}).algorithm).__name__ == "RLOO"
-    assert type(configs.settle({"algorithm": name.replace(":", ".")}).algorithm).__name__ == "RLOO"
+def test_a_module_may_be_called_as_an_entry_is() -> None:
+    assert type(configs.settle({"algorithm": pasted("grpo", "RLOO")}).algorithm).__name__ == "RLOO"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"algorithm": "mine.RLOO"}, r'no such algorithm; write "package\.module:Class" for a class of your own'),
+        ({"task": "data.jsonl"}, r'no such task; write "file:data\.jsonl" for a file, or "package\.module:Class"'),
+        ({"task": "./data.jsonl"}, r'write "file:\./data\.jsonl" for a file'),
+        ({"algorithm": "s-gpro"}, 'did you mean "s-grpo"'),
+    ],
+)
+def test_what_is_nearly_a_name_is_answered(given: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configs.settle(given)
+
+
+def test_a_class_in_a_function_or_in_the_script_that_runs_is_refused() -> None:
+    class Here(GRPO):
+        name: str = "x"  # type: ignore[assignment]
+
+    with pytest.raises(ConfigError, match="put the class into a module of its own"):
+        configs.settle({"algorithm": Here(name=f"{__name__}:Here")})
+    Path("script.py").write_text(
+        "from shoestring import train\nfrom shoestring.algorithms.grpo import GRPO\n\n\n"
+        "class Mine(GRPO):\n    name: str\n\n\n"
+        "train({'algorithm': Mine(name='__main__:Mine')})\n"
+    )
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, check=False)
+    assert "put the class into a module of its own" in done.stderr
 
 
 def test_an_instance_is_taken_where_its_name_leads_back_to_its_class() -> None:

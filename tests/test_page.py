@@ -59,7 +59,8 @@ def test_a_runs_page_holds_its_figures_and_needs_nothing_else() -> None:
     text, tags = read(write_page("run"))
     evaluations = [json.loads(line) for line in Path("run/evals.jsonl").read_text().splitlines()]
     best = max(evaluations, key=lambda line: line["accuracy"])
-    assert f"{evaluations[0]['accuracy']:.1%} &rarr; {best['accuracy']:.1%}" in text
+    assert f"{evaluations[0]['accuracy']:.1%} &rarr; {evaluations[-1]['accuracy']:.1%}" in text
+    assert f"(best: {best['accuracy']:.1%}, step {best['step']})" in text
     trained, sampled = (sum(getattr(r, f"tokens_{name}") for r in run.reports) for name in ("trained", "sampled"))
     assert f"{trained:,} of {sampled:,}" in text
     assert tags.names.count("figure") == tags.names.count("svg") == 7
@@ -113,6 +114,38 @@ def test_a_run_without_credit_or_samples_has_a_page() -> None:
     assert "None in which completions" in read(write_page("run"))[0]
     Path("run/samples.jsonl").unlink()
     assert "None in which completions" in read(write_page("run"))[0]
+
+
+def test_torn_lines_of_a_killed_run_are_passed_over_and_it_can_go_on() -> None:
+    train(config(steps=2, save_every=1, eval_every=1, evaluation={"num": 5}), quiet=True)
+    whole, _ = read(write_page("run"))
+    for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl"):
+        with Path("run", name).open("ab") as file:
+            file.write(b'{"step": 2, "problem": "\xe2\x8f')
+    assert read(write_page("run"))[0] == whole
+    assert len(train({"steps": 3}, resume="run", quiet=True).reports) == 3
+
+
+def test_groups_of_one_problem_are_kept_apart() -> None:
+    """Two rows for six prompts a step: a group's completions have the credit of their own group."""
+    rows = [{"prompt": "2*3=", "answer": "6"}, {"prompt": "12*13=", "answer": "156"}]
+    train(config(steps=1, sampling={"num_prompts": 6, "num_completions": 4}, algorithm="grpo"), data=rows, quiet=True)
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for sample in samples():
+        groups.setdefault(sample["group"], []).append(sample)
+    assert [len(group) for group in groups.values()] == [4] * 6
+    text, _ = read(write_page("run"))
+    telling = [group for group in groups.values() if any(a for s in group for _, a in s["credit"])]
+    assert text.count(" of them trained") == (4 if telling else 0)
+
+
+def test_the_page_goes_where_it_is_asked_for() -> None:
+    train(config(steps=1), quiet=True)
+    Path("there").mkdir()
+    for out, expected in (("there", "there/report.html"), ("new/deep/x.html", "new/deep/x.html"), (".", "report.html")):
+        assert write_page("run", out) == Path(expected)
+        assert Path(expected).is_file()
+    assert not list(Path().rglob(".draft-*"))
 
 
 def test_a_folder_without_a_run_or_without_a_step_is_told() -> None:
@@ -180,6 +213,11 @@ def test_points_lie_where_the_axis_says() -> None:
     xs = [x for x, _ in placed(chart)]
     assert xs == sorted(xs)
     assert xs[1] - xs[0] == pytest.approx(xs[3] - xs[2], abs=0.2)
+
+
+def test_what_lies_below_0_alone_fills_the_chart() -> None:
+    heights = [y for _, y in placed(line_chart({"a": [(0, -5.7), (1, -5.5), (2, -5.6)]}))]
+    assert max(heights) - min(heights) > HEIGHT / 3
 
 
 def test_what_is_not_finite_is_a_gap() -> None:

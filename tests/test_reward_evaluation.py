@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from shoestring import ConfigError, DataError, train
+from shoestring import config as configs
 from shoestring.loop import where_it_lies
 from shoestring.policy import load_policy
 from shoestring.rollout import encode, roll_out
@@ -61,6 +62,8 @@ def test_all_rows_are_looked_at_unless_fewer_are_asked_for_and_the_closing_hint_
     many = [{"prompt": f"{a}*4=", "answer": str(4 * a)} for a in range(100, 230)]
     train(own(steps=1), data=many[:40], eval_data=many, quiet=True)
     assert evaluations()[0]["problems"] == 130
+    train(configs.settle(own(steps=1, out="settled")), data=many[:40], eval_data=many, quiet=True)
+    assert evaluations("settled")[0]["problems"] == 130
     run = train(own(steps=1, evaluation={"num": 7}, out="few"), data=many[:40], eval_data=many, quiet=True)
     assert evaluations("few")[0]["problems"] == 7
     assert "--split validation" in where_it_lies(run)

@@ -39,7 +39,7 @@ def small_rows(**settings: Any) -> tuple[Policy, SftConfig, list[Any], int]:
     """The policy, the config and the rows of a warm start on eight problems."""
     config = SftConfig(num=8, **settings)
     policy = load_policy(ModelSettings(), adapter=config.adapter, device="cpu")
-    rows, left_out = supervised._rows(policy, config, supervised._problems(config))
+    rows, left_out = supervised._rows(policy, config, supervised._problems(config)[0])
     return policy, config, rows, left_out
 
 
@@ -170,6 +170,21 @@ def test_a_task_without_solutions_is_refused() -> None:
     with pytest.raises(ConfigError, match="no worked solutions"):
         warmed(task="file:train.jsonl")
     assert not Path("warm").exists()
+
+
+def test_rows_without_a_worked_answer_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"role": "user", "content": "2*3="}
+    useless = [
+        {"prompt": [asked], "completion": [{"role": "assistant", "content": None}]},
+        {"prompt": [asked], "completion": [{"role": "assistant", "content": "a"}] * 2},
+        {"prompt": "2*3=", "completion": "  "},
+        {"messages": [asked]},
+    ]
+    good = {"prompt": None, "messages": [asked, {"role": "assistant", "content": "#### 6"}]}
+    rows = [{**row, "id": str(i)} for i, row in enumerate([*useless, good, good])]
+    Path("train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    warmed(task={"name": "file:train.jsonl", "check": "none"}, epochs=1)
+    assert "2 examples, 0 longer than 1024 left out, 4 without a worked solution too" in capsys.readouterr().out
 
 
 def test_rows_as_trl_has_them_teach_the_same() -> None:

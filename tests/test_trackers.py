@@ -141,6 +141,14 @@ def test_a_run_that_fails_is_failed_there_too_and_tells_its_own_error(package: s
     assert calls("finish") == [int(package == "wandb")]
 
 
+def test_a_run_that_ends_well_while_another_error_is_handled_is_no_failed_one(package: str) -> None:
+    try:
+        raise ValueError("of something else")
+    except ValueError:
+        train(config(steps=1, tracking=package), quiet=True)
+    assert calls("finish") == [0]
+
+
 def test_a_run_that_is_renamed_and_resumed_from_within_is_the_same(
     package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 WIDTH, HEIGHT = 380, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 12, 24
@@ -22,20 +22,20 @@ def line_chart(
     intervals: Sequence[tuple[float, float, float]] = (),
     faint: str = "",
 ) -> str:
-    """Lines over steps, from 0 or below upwards; a legend where there are several. `intervals` are (x, low, high);
-    `faint` is the name of a line that stands back.
+    """Lines over steps, from 0 where nothing lies below it; a legend where there are several. `intervals` are (x, low,
+    high); `faint` is the name of a line that stands back.
 
     A value that is not finite is a gap in its line.
     """
     seen = [point for points in series.values() for point in points if math.isfinite(point[1])]
     xs = [x for x, _ in seen] or [0.0]
     ys = [y for _, y in seen] + [y for _, *ends in intervals for y in ends] or [0.0]
-    bottom, top = min(0.0, *ys), max(0.0, *ys)
-    lines = ticks(bottom, top if top - bottom > _FLAT else bottom + 1)
-    low, high, first, last = lines[0], lines[-1], min(xs), max(max(xs), min(xs) + 1)
+    bottom, top = min([0.0, *ys] if max(ys) >= 0 else ys), max(ys)
+    lines = ticks(bottom, top if top - bottom > _FLAT * max(1.0, abs(top)) else bottom + 1)
+    low, high, first, last = lines[0], lines[-1], min(xs), max(xs)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - first) / (last - first)
+        across = (x - first) / (last - first) if last > first else 0.5
         up = (y - low) / (high - low)
         return _LEFT + across * (WIDTH - _LEFT - _RIGHT), HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM)
 
@@ -44,13 +44,13 @@ def line_chart(
         _, y = place(first, value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 5}" y="{y + 3:.1f}" text-anchor="end">{_short(value)}{unit}</text>')
-    for x, anchor in ((first, "start"), (last, "end")):
+    for x, anchor in ((first, "start"), (last, "end")) if last > first else ((first, "middle"),):
         at, _ = place(x, low)
         parts.append(f'<text x="{at:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{_short(x)}</text>')
     for x, below, above in intervals:
         (at, y1), (_, y2) = place(x, below), place(x, above)
         parts.append(f'<line class="interval" x1="{at:.1f}" x2="{at:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>')
-    for (name, points), colour in zip(series.items(), COLOURS, strict=False):
+    for (name, points), colour in zip(series.items(), cycle(COLOURS), strict=False):
         for run in _unbroken(points):
             way = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in run)
             look = f'stroke="{colour}"' + (' class="faint"' if name == faint else "")
@@ -59,13 +59,13 @@ def line_chart(
                 parts += ['<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="{}"/>'.format(*place(*p), colour) for p in run]
     parts.append("</svg>")
     if len(series) > 1:
-        keys = zip(series, COLOURS, strict=False)
+        keys = zip(series, cycle(COLOURS), strict=False)
         parts.append("".join(f'<span class="key" style="color:{c}">{html.escape(name)}</span>' for name, c in keys))
     return "".join(parts)
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Three to six round values that hold all from `low` to `high`.
+    """Up to eight round values that hold all from `low` to `high`.
 
     >>> ticks(0, 0.87)
     [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 
 
 def write_page(run: str | Path, out: str | Path | None = None) -> Path:
-    """Writes the page of a run's folder, by default `report.html` in it; returns its path.
+    """Writes the page of a run's folder, by default `report.html` in it, into a file or folder; returns its path.
 
     Raises `ConfigError` for a folder that holds no run, or one without any step.
     """
@@ -57,7 +56,9 @@ def write_page(run: str | Path, out: str | Path | None = None) -> Path:
     steps = report.read_metrics(folder)
     if not steps:
         raise ConfigError(f"the run is {folder}", "no step of it is done", "train first")
-    target = Path(out) if out else folder / "report.html"
+    target = Path(out) if out else folder
+    target = target / "report.html" if target.is_dir() else target
+    target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".draft-{target.name}")
     draft.write_text(page(folder, config, steps), encoding="utf-8", errors="replace")
     os.replace(draft, target)
@@ -66,7 +67,7 @@ def write_page(run: str | Path, out: str | Path | None = None) -> Path:
 
 def page(folder: Path, config: RunConfig, steps: Sequence[StepReport]) -> str:
     """The whole page as text."""
-    evaluations = _lines(folder / "evals.jsonl")
+    evaluations = list(report.read_lines(folder / "evals.jsonl"))
     title = html.escape(folder.absolute().name)
     about = f"{config.algorithm.name} on {config.task.name}, {config.model.name}: {len(steps)} of {config.steps} steps"
     return (
@@ -80,10 +81,6 @@ def page(folder: Path, config: RunConfig, steps: Sequence[StepReport]) -> str:
     )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
 def _figures(steps: Sequence[StepReport], evaluations: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What a reader asks first."""
 
@@ -92,11 +89,11 @@ def _figures(steps: Sequence[StepReport], evaluations: Sequence[Mapping[str, Any
 
     if evaluations:
         kind, form = ("accuracy", ".1%") if "accuracy" in evaluations[0] else ("reward", ".3f")
-        first, last = evaluations[0], max(evaluations, key=lambda line: line[kind])
+        first, last, best = evaluations[0], evaluations[-1], max(evaluations, key=lambda line: line[kind])
         yield figure(
             f"{first[kind]:{form}} &rarr; {last[kind]:{form}}",
-            f"{last['split']} {kind}, from step {first['step']} to the best, step {last['step']} "
-            f"({last['low']:{form}} to {last['high']:{form}})",
+            f"{last['split']} {kind} after steps {first['step']} and {last['step']} "
+            f"(best: {best[kind]:{form}}, step {best['step']})",
         )
     tenth = max(len(steps) // 10, 1)
     means = [sum(step.reward for step in part) / tenth for part in (steps[:tenth], steps[-tenth:])]
@@ -156,33 +153,30 @@ def _smooth(points: Points, window: int = 10) -> Points:
 
 def _completions(folder: Path, config: RunConfig, num_steps: int) -> str:
     """A group with signal of the first, the middle and the last step, if they have one."""
-    wanted = sorted({0, num_steps // 2, num_steps - 1})
-    groups = [group for step in wanted if (group := _telling_group(folder / "samples.jsonl", step))]
+    groups = _telling_groups(folder / "samples.jsonl", {0, num_steps // 2, num_steps - 1})
     if not groups:
         return '<p class="dim">None in which completions of a prompt differ in their credit.</p>'
     tokenizer = _tokenizer(config)
     note = (
-        "Coloured tokens were trained: green for more, red for less. Hover for their advantage."
+        "Coloured tokens were trained: green for more, red for less. Hover for their advantage. An algorithm that "
+        "credits what completions share only once has it coloured in one of them."
         if tokenizer
         else "The tokenizer cannot be had here, so tokens are not coloured."
     )
     return f'<p class="dim">{note}</p>' + "".join(_group(group, tokenizer) for group in groups)
 
 
-def _telling_group(path: Path, step: int) -> list[dict[str, Any]]:
-    """The completions of the first problem of a step whose credit differs, the best and the worst first."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    if path.is_file():
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if line.startswith(f'{{"step": {step},'):
-                    record = json.loads(line)
-                    if not record["prefix_tokens"]:
-                        groups.setdefault(record["problem"], []).append(record)
-    for group in groups.values():
-        if any(advantage for record in group for _, advantage in record["credit"]):
-            return _best_and_worst(group)
-    return []
+def _telling_groups(path: Path, steps: Collection[int]) -> list[list[dict[str, Any]]]:
+    """Of each of these steps some completions of the first group whose credit differs, if there is one."""
+    groups: dict[tuple[int, Any], list[dict[str, Any]]] = {}
+    for record in report.read_lines(path):
+        if record["step"] in steps and not record["prefix_tokens"]:
+            groups.setdefault((record["step"], record.get("group", record["problem"])), []).append(record)
+    telling: dict[int, list[dict[str, Any]]] = {}
+    for (step, _), group in groups.items():
+        if step not in telling and any(advantage for record in group for _, advantage in record["credit"]):
+            telling[step] = _best_and_worst(group)
+    return [telling[step] for step in sorted(telling)]
 
 
 def _best_and_worst(group: list[dict[str, Any]]) -> list[dict[str, Any]]:

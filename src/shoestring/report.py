@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,19 @@ class Reporter:
         """The tracker hears of every step and evaluation. Once it is open, its failures end no run."""
         opened = tracker.opened(self.folder, config, done)
         self._log = opened.__enter__()
+
+        def close(error: BaseException | None) -> None:
+            try:
+                opened.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+            except Exception as failed:
+                self.warn(f"Tracking could not be closed: {type(failed).__name__}: {failed}")
+
         try:
             yield
-        finally:
-            try:
-                opened.__exit__(*sys.exc_info())
-            except Exception as error:
-                self.warn(f"Tracking could not be closed: {type(error).__name__}: {error}")
+        except BaseException as error:
+            close(error)
+            raise
+        close(None)
 
     @contextmanager
     def running(self, done: int) -> Iterator[None]:
@@ -93,7 +98,7 @@ class Reporter:
             self.warn(f"Tracking has failed, and the run goes on without it: {type(error).__name__}: {error}")
 
     def samples(self, step: int, sampled: Sampled) -> None:
-        """One line a completion: prompt, text, score and the credit of its selected tokens, [token, advantage]. Those
+        """One line a completion: prompt, text, score and the credit of its selected tokens, [place, advantage]. Those
         of groups that dynamic sampling dropped are marked."""
         lines, row = [], 0
         extra = sampled.scored.columns
@@ -109,6 +114,7 @@ class Reporter:
                 completion = rollout.completions[g]
                 record = {
                     "step": step,
+                    "group": place,
                     "problem": rollout.prompt.problem.id,
                     "question": rollout.prompt.problem.question,
                     "answer": rollout.prompt.problem.answer,
@@ -183,7 +189,8 @@ def cut_logs(folder: Path, steps: int) -> None:
         path = folder / name
         if not path.is_file():
             continue
-        kept = [line for line in path.read_text(encoding="utf-8").split("\n") if line and _step_of(line) < steps]
+        text = path.read_text(encoding="utf-8", errors="replace")  # a torn line may end within a letter
+        kept = [line for line in text.split("\n") if line and _step_of(line) < steps]
         draft = path.with_name(f".draft-{name}")
         draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(draft, path)
@@ -198,11 +205,16 @@ def _step_of(line: str) -> float:
 
 def read_metrics(folder: Path) -> list[StepReport]:
     """The step reports of a run so far."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [_step_report(line) for line in lines]
+    return [_step_report(line) for line in read_lines(folder / "metrics.jsonl")]
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a log, without a last one that a kill has torn; none where there is no log."""
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with suppress(json.JSONDecodeError):
+                    yield json.loads(line)
 
 
 def _step_report(values: dict[str, Any]) -> StepReport:

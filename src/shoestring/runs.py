@@ -46,7 +46,9 @@ def open_run(
         files = {"train": _data_lines(data)}
         if eval_data is not None:
             files[_evaluation_split(asked)] = lines = _data_lines(eval_data, "eval_data")
-            values["evaluation"] = {"num": lines.count("\n"), **(values.get("evaluation") or {})}
+            given = config if isinstance(config, RunConfig) else asked
+            if "num" not in given.evaluation.model_fields_set:
+                values["evaluation"] = {**(values.get("evaluation") or {}), "num": lines.count("\n")}
         folder = _new_folder(values.get("out"), "file", _algorithm_name(values))
         own = (folder / "data").absolute()
         own.mkdir()

@@ -42,9 +42,12 @@ def _class_named(table: dict[str, type[Any]], kind: str, name: str) -> type[Any]
     key, colon, _ = name.partition(":")
     if key in table and (not colon or table[key].model_fields["name"].annotation is str):  # such as gym:<generator>
         return table[key]
-    if colon or "." in name:
+    if colon:
         return _from_outside(name, table, kind)
-    raise ConfigError(f'{kind}.name is "{name}"', f"there is no such {kind}", nearest(key, table))
+    of_ones_own = 'write "package.module:Class" for a class of your own' if "." in name else ""
+    if kind == "task" and of_ones_own:
+        of_ones_own = f'write "file:{name}" for a file, or "package.module:Class" for a class of your own'
+    raise ConfigError(f'{kind}.name is "{name}"', f"there is no such {kind}", of_ones_own or nearest(key, table))
 
 
 def _named_so(table: dict[str, type[Any]], kind: str, value: Any) -> Any:
@@ -54,11 +57,14 @@ def _named_so(table: dict[str, type[Any]], kind: str, value: Any) -> Any:
         named = _class_named(table, kind, name)
     except ConfigError:
         named = None
-    if named is not cls:
+    elsewhere = cls.__module__ != "__main__" and "<locals>" not in cls.__qualname__
+    if named is not cls or not elsewhere:
         raise ConfigError(
             f'{kind} is a {cls.__name__} whose name is "{name}"',
             "by that name it would not be found again, so a run could not be resumed",
-            f'let the field name be a text, and give it name="{cls.__module__}:{cls.__qualname__}"',
+            f'let the field name be a text, and give it name="{cls.__module__}:{cls.__qualname__}"'
+            if elsewhere
+            else "put the class into a module of its own, not into a function or the script that runs",
         )
     return value
 

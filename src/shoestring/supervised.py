@@ -74,7 +74,7 @@ def sft(config: SftConfig | Mapping[str, Any]) -> Path:
     folder, console = Path(config.out), Console(soft_wrap=True)
     runs.check_free(folder)
     check_optimizer(config.optim, config.execution.device)
-    problems = _problems(config)
+    problems, unsolved = _problems(config)
     torch.manual_seed(config.seed)
     policy = _load(config)
     rows, left_out = _rows(policy, config, problems)
@@ -82,6 +82,7 @@ def sft(config: SftConfig | Mapping[str, Any]) -> Path:
     (folder / "config.toml").write_text(configs.dump(config), encoding="utf-8")
     console.print(
         f"sft on {config.task.name}: {len(rows):,} examples, {left_out} longer than {config.max_length} left out"
+        + (f", {unsolved:,} without a worked solution too" if unsolved else "")
     )
     try:
         losses = _train(policy, config, rows, folder, console)
@@ -95,7 +96,8 @@ def sft(config: SftConfig | Mapping[str, Any]) -> Path:
     return folder / "model"
 
 
-def _problems(config: SftConfig) -> list[Problem]:
+def _problems(config: SftConfig) -> tuple[list[Problem], int]:
+    """Those with a worked solution, and how many have none."""
     split = config.task.problems("train")
     problems = [split[i] for i in range(min(config.num or len(split), len(split)))]
     solved = [problem for problem in problems if config.task.solution(problem)]
@@ -107,7 +109,7 @@ def _problems(config: SftConfig) -> list[Problem]:
             if isinstance(config.task, File)
             else "use gsm8k, multiplication, word-problems, or file: with a column solution",
         )
-    return solved
+    return solved, len(problems) - len(solved)
 
 
 def _load(config: SftConfig) -> Policy:

@@ -164,19 +164,19 @@ class Hub(File):
 def _parted(row: Row) -> Row:
     """A row of whole conversations, under `messages`, as one with a prompt; what the assistant says last is its
     completion."""
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages or not {"prompt", "question"}.isdisjoint(row):
+    messages, asked = row.get("messages"), (row.get("prompt"), row.get("question"))
+    if not isinstance(messages, list) or not messages or asked != (None, None):
         return row
     answered = isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
-    rest = {key: value for key, value in row.items() if key != "messages"}
+    rest = {key: value for key, value in row.items() if key not in ("messages", "prompt", "question")}
     return {"prompt": messages[:-1], "completion": messages[-1:], **rest} if answered else {"prompt": messages, **rest}
 
 
-def _text(completion: Any) -> Any:
-    """What a completion says: text, or a list of one message."""
+def _text(completion: Any) -> str | None:
+    """What a completion says, as text or as a list of one message; None if it is neither, or says nothing."""
     if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
-        return completion[0].get("content")
-    return completion if isinstance(completion, str) else None
+        completion = completion[0].get("content")
+    return completion if isinstance(completion, str) and completion.strip() else None
 
 
 def _whole(question: str, meta: Mapping[str, Any]) -> str:
