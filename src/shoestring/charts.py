@@ -9,7 +9,7 @@ from itertools import cycle, pairwise
 
 WIDTH, HEIGHT = 380, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 12, 24
-_FLAT = 1e-12  # what a chart takes for no height
+_FLAT = 1e-9  # of the values: what a chart takes for no height
 COLOURS = ("#3b6fd4", "#d9822b", "#2e9e6b", "#b0479f", "#7a7f87")
 
 Points = Sequence[tuple[float, float]]
@@ -31,7 +31,8 @@ def line_chart(
     xs = [x for x, _ in seen] or [0.0]
     ys = [y for _, y in seen] + [y for _, *ends in intervals for y in ends] or [0.0]
     bottom, top = min([0.0, *ys] if max(ys) >= 0 else ys), max(ys)
-    lines = ticks(bottom, top if top - bottom > _FLAT * max(1.0, abs(top)) else bottom + 1)
+    size = max(1.0, abs(bottom), abs(top))
+    lines = ticks(bottom, top if top - bottom > _FLAT * size else bottom + size)
     low, high, first, last = lines[0], lines[-1], min(xs), max(xs)
 
     def place(x: float, y: float) -> tuple[float, float]:
