@@ -30,7 +30,9 @@ class _Package(Settings):
     def opened(self, folder: Path, config: Mapping[str, Any], done: int) -> Iterator[Log]:
         package: Any = importlib.import_module(self.package)
         try:
-            run = package.init(project=self.project, config=dict(config), resume="allow", **self.called(folder))
+            run = package.init(
+                project=self.project, config=dict(config), resume="allow", **self.called(folder, kept_name(folder))
+            )
         except Exception as error:
             given = f'tracking.name is "{self.package}"'
             raise ConfigError(given, f"it cannot be started ({error})", "mend that, or leave tracking out") from error
@@ -44,9 +46,9 @@ class _Package(Settings):
     def finish(self, run: Any, *, failed: bool) -> None:
         run.finish()
 
-    def called(self, folder: Path) -> dict[str, Any]:
+    def called(self, folder: Path, name: str) -> dict[str, Any]:
         """What makes a resumed run one with what was tracked of it before."""
-        raise NotImplementedError
+        return {"name": name}
 
 
 class WandB(_Package):
@@ -55,8 +57,7 @@ class WandB(_Package):
     name: Literal["wandb"] = "wandb"
     package: ClassVar[str] = "wandb"
 
-    def called(self, folder: Path) -> dict[str, Any]:
-        name = kept_name(folder)
+    def called(self, folder: Path, name: str) -> dict[str, Any]:
         return {"name": name, "id": name[-8:], "dir": str(folder)}
 
     def finish(self, run: Any, *, failed: bool) -> None:
@@ -68,9 +69,6 @@ class Trackio(_Package):
 
     name: Literal["trackio"] = "trackio"
     package: ClassVar[str] = "trackio"
-
-    def called(self, folder: Path) -> dict[str, Any]:
-        return {"name": kept_name(folder)}  # it resumes by name
 
 
 def kept_name(folder: Path) -> str:
