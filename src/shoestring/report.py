@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -212,9 +212,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a log, without a last one that a kill has torn; none where there is no log."""
     if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                with suppress(json.JSONDecodeError):
-                    yield json.loads(line)
+            yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
 def _step_report(values: dict[str, Any]) -> StepReport:
