@@ -105,27 +105,31 @@ def tuned(name: str) -> str:
         if base["chosen_on"]
         else ""
     )
+    later = "".join(f"; {kind} {result(f'{name}-{kind}')['date']}" for kind in beside)
     note = (
         f"\nGreedy accuracy on {base['problems']} problems after {base['steps']} steps of {base['prompts']} prompts x "
         f"{base['completions']} completions{checkpoint}; the rate was chosen by {tuning['rows'][0]['problems']} "
         "held-back problems, seed 0. Intervals: Student's t over three seeds, else Wilson's over problems; of a gain a "
         "bootstrap over problems. pass@k at temperature 1. Several runs shared the machine, and the seconds. "
-        f"{where(found)}.\n"
+        f"{where(found)}{later}.\n"
     )
     return table(headings, rows) + note
 
 
 def svamp_short() -> str:
-    found = result("svamp-smollm2")
+    found = {"": result("svamp-smollm2"), ", refilled": result("svamp-smollm2-refilled")}
+    runs_of: dict[str, list[dict[str, Any]]] = {}
+    for how in found:
+        for r in found[how]["rows"]:
+            runs_of.setdefault(f"`{r['method']}`{how}", []).append(r)
     rows = []
-    for name in dict.fromkeys(r["method"] for r in found["rows"]):
-        runs = [r for r in found["rows"] if r["method"] == name]
+    for label, runs in runs_of.items():
         _, accuracy, each, *cost = _over_seeds(runs)
         peak = max(r["peak_allocated_gib"] for r in runs)
         before = ", ".join(dict.fromkeys(f"{r['base_accuracy']:.1%}" for r in runs))
-        rows.append([f"`{name}`", before, accuracy, each, cost[1], f"{peak:.2f}"])
+        rows.append([label, before, accuracy, each, cost[1], f"{peak:.2f}"])
     headings = ["algorithm", "after sft", "after RL (95 %)", "each seed", "tokens trained", "peak GiB"]
-    return table(headings, rows) + f"\n{where(found)}.\n"
+    return table(headings, rows) + f"\n{where(found[''])}; refilled {found[', refilled']['date']}.\n"
 
 
 def svamp_warmer() -> str:
