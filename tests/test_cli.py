@@ -427,6 +427,31 @@ def test_a_merged_model_evaluates_as_the_run_does(shell: Shell, monkeypatch: pyt
     assert Path("again/model.safetensors").read_bytes() == Path("merged/model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_a_checkpoint_is_evaluated_and_merged_as_the_run_was_then(shell: Shell, adapter: str) -> None:
+    """After two steps of two, a checkpoint answers as the finished run does; after one, as it did in between."""
+    fast = ["optim.lr=1e-2" if adapter == "lora" else "optim.lr=1e-3", "optim.warmup_steps=0", "algorithm.name=grpo"]
+    shell.fine("train", "--quiet", *SMALL, *fast, f"adapter.name={adapter}", "steps=2", "save_every=1")
+    targets = ("run", "run/checkpoints/step-1", "run/checkpoints/step-2")
+    found = []
+    for place, target in enumerate(targets):
+        shell.fine("eval", target, "--num", "20", "--max-new-tokens", "24", "--json", "--details", f"{place}.json")
+        values = json.loads(Path(f"{place}.json").read_text())
+        found.append((values["task"], values["outcomes"], values["tokens"]))
+    assert found[0] == found[2] != found[1]
+    assert shell.fine("merge", "run/checkpoints/step-2", "merged") == "model: merged\n"
+    if adapter == "lora":
+        shell.fine("merge", "run", "whole")
+    else:
+        shutil.copytree("run/model", "whole")
+    assert Path("merged/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    done = shell("train", *SMALL, "model=run/checkpoints/step-1", "out=next")
+    assert done.code == 2 and "merge it first" in done.err
+    Path("run/checkpoints/step-1/weights.safetensors").write_bytes(b"torn")
+    done = shell("eval", "run/checkpoints/step-1")
+    assert done.code == 2 and "it cannot be read" in done.err
+
+
 def types(folder: str) -> set[torch.dtype]:
     return {value.dtype for value in load_file(f"{folder}/model.safetensors").values()}
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,29 @@ def steps_done(folder: Path) -> int:
 
 def restore(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
     """Loads weights and optimizer in place and returns the state; raises `ConfigError` if a file cannot be read."""
-    try:
+    with _read_from(path):
         own, weights = (load_file(path / f"{name}.safetensors") for name in ("optimizer", "weights"))
         values: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         records = {"replays": [_prompt(value) for value in values["replays"]], "pieces": Pieces(**values["pieces"])}
         state = State(**{**values, **records})
+    _make_moments({name.rpartition(":")[0] for name in own}, parameters, optimizer)
+    _fill(parameters, weights, path)
+    _fill(moments(parameters, optimizer), own, path)
+    return state
+
+
+def restore_weights(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Loads the weights alone, in place; raises `ConfigError` if they cannot be read."""
+    with _read_from(path):
+        weights = load_file(path / "weights.safetensors")
+    _fill(parameters, weights, path)
+
+
+@contextmanager
+def _read_from(path: Path) -> Iterator[None]:
+    """Says which checkpoint it is that cannot be read, and what to do about it."""
+    try:
+        yield
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         others = len(_by_step(path.parent)) > 1
         raise ConfigError(
@@ -118,10 +137,6 @@ def restore(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch
             f"it cannot be read ({type(error).__name__}: {error})",
             "remove that folder to go on from the checkpoint before it" if others else "it is the only one: start anew",
         ) from None
-    _make_moments({name.rpartition(":")[0] for name in own}, parameters, optimizer)
-    _fill(parameters, weights, path)
-    _fill(moments(parameters, optimizer), own, path)
-    return state
 
 
 def _prompt(value: Mapping[str, Any]) -> Prompt:

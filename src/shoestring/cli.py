@@ -269,7 +269,7 @@ def report(
 
 @app.command()
 def merge(
-    run: Annotated[str, typer.Argument(help="A run's folder, or a PEFT adapter folder.")],
+    run: Annotated[str, typer.Argument(help="A run's folder, a checkpoint of one, or a PEFT adapter folder.")],
     out: Annotated[str, typer.Argument(help="The model folder to write.")],
 ) -> None:
     """Write a run's model with the adapter added into its weights."""
@@ -354,7 +354,8 @@ def _target(target: str | None, task: str | None, overrides: list[str]) -> _Aske
 
     model = runs.model_settings(target or models.TINY)
     models.locate(model.name)
-    saved = runs.saved(Path(target)) if target and (Path(target) / "config.toml").is_file() else {}
+    run = models.run_of(Path(target)) if target else None
+    saved = runs.saved(run) if run and (run / "config.toml").is_file() else {}
     values = saved.get("task", {"name": "multiplication"})
     values = dict(values) if isinstance(values, dict) else {"name": values}
     if task is not None and task != values["name"]:

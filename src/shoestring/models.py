@@ -28,7 +28,8 @@ class ModelSettings(Settings):
     """`model`: a string is short for a table with that `name`."""
 
     name: str = TINY
-    """"tiny" (the embedded default), "smollm2-135m", a hub id, a folder, a .gguf file, or the folder of a run."""
+    """"tiny" (the embedded default), "smollm2-135m", a hub id, a folder, a .gguf file, the folder of a run, or one of
+    its checkpoints."""
     dtype: Literal["auto", "bf16", "fp16", "fp32", "nf4"] = "auto"
     """Type of the base weights; "auto" is bf16 on a GPU and fp32 on the CPU. "nf4" holds the layers' matrices in 4 bits
     (arXiv 2305.14314) and computes in the type of "auto"; it needs the extra nf4."""
@@ -40,11 +41,13 @@ class ModelSettings(Settings):
 
 
 class Source(NamedTuple):
-    """Where a model lies: what transformers is to load, and the adapter folder to put on top, if any."""
+    """Where a model lies: what transformers is to load, and the adapter folder or the checkpoint to put on top, if
+    any."""
 
     path: str
     gguf_file: str | None = None
     adapter: Path | None = None
+    checkpoint: Path | None = None
 
 
 def models_folder() -> Path:
@@ -81,14 +84,31 @@ def _locate_folder(path: Path, name: str) -> Source:
     for adapter in (path, path / "adapter"):
         if (adapter / "adapter_config.json").is_file():
             return locate(_base_name(path, adapter))._replace(adapter=adapter)
+    if (path / "weights.safetensors").is_file() and (run := run_of(path)) != path:
+        return locate(_named_in(run))._replace(checkpoint=path)
     if (path / "checkpoints").is_dir():
         why = "that run has not come to its end, which writes its model"
-        raise ConfigError(f'model is "{name}"', why, "go on with it first: train --resume")
+        raise ConfigError(
+            f'model is "{name}"', why, f"go on with it first: train --resume; or give one of {path}/checkpoints"
+        )
     raise ConfigError(
         f'model is "{name}"',
         "the folder holds no config.json, no model/ and no adapter/",
         "give the folder of a model, of an adapter or of a finished run",
     )
+
+
+def run_of(path: Path) -> Path:
+    """The folder of the run that a checkpoint, or the weights that did best, lie in; any other path as it is."""
+    above = path.absolute().parents
+    inside = len(above) > 1 and above[0].name in ("checkpoints", "best") and (above[1] / "config.toml").is_file()
+    return path.parent.parent if inside else path
+
+
+def _named_in(run: Path) -> str:
+    """The model in a run's own config."""
+    model = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get("model", TINY)
+    return model if isinstance(model, str) else model.get("name", TINY)
 
 
 def _base_name(run: Path, adapter: Path) -> str:
@@ -99,8 +119,7 @@ def _base_name(run: Path, adapter: Path) -> str:
     except (json.JSONDecodeError, KeyError, TypeError):
         noted = None
     if (run / "config.toml").is_file():
-        model = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get("model", TINY)
-        name = model if isinstance(model, str) else model.get("name", TINY)
+        name = _named_in(run)
         there = name in (TINY, *LOCAL_OR_HUB) or Path(name).expanduser().exists()
         return noted if not there and isinstance(noted, str) and Path(noted).exists() else name
     if not isinstance(noted, str) or not noted:

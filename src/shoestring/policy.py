@@ -321,7 +321,8 @@ def load_policy(
     keep_reference: bool = False,
     device: str = "auto",
 ) -> Policy:
-    """The policy that `settings` names: with a new `adapter`, or with the run's own one, or without any.
+    """The policy that `settings` names: with a new `adapter`, or with the run's (or checkpoint's) own one, or without
+    any.
 
     Without `adapter` nothing is trained: a run's own comes frozen (it is there to be evaluated). To train on top of a
     run, merge it first. `keep_reference` keeps a copy of the weights, if it is they that are trained.
@@ -330,13 +331,15 @@ def load_policy(
     base.requires_grad_(False)
     adapted: nn.Module | None = None
     first: PreTrainedModel | None = None
-    if source.adapter is not None:
-        if adapter is not None:
-            raise ConfigError(
-                f'model is "{settings.name}"',
-                "it is a run with an adapter of its own, which would stay frozen beneath what is trained now",
-                f"merge it first: shoestring merge {settings.name} OUT",
-            )
+    if adapter is not None and (source.adapter or source.checkpoint):
+        raise ConfigError(
+            f'model is "{settings.name}"',
+            "it is a run with an adapter of its own, which would stay frozen beneath what is trained now",
+            f"merge it first: shoestring merge {settings.name} OUT",
+        )
+    if source.checkpoint is not None:
+        adapted = _as_of(source.checkpoint, base)
+    elif source.adapter is not None:
         from peft import PeftModel
 
         with quiet_peft():
@@ -354,6 +357,18 @@ def load_policy(
                 adapted.peft_config["default"].base_model_name_or_path = base_name  # type: ignore[index,union-attr]
     (adapted or base).eval()
     return Policy(base, tokenizer, adapted, settings.name, first)
+
+
+def _as_of(path: Path, base: PreTrainedModel) -> nn.Module | None:
+    """The base with what a checkpoint's run trained of it, or in it, as it was then, frozen; None where the base itself
+    is what was trained."""
+    from shoestring import runs
+    from shoestring.checkpoint import restore_weights
+
+    model = runs.resumed_config(models.run_of(path), None).adapter.attach(base)
+    restore_weights(path, {name: p for name, p in model.named_parameters() if p.requires_grad})
+    model.requires_grad_(False)
+    return None if model is base else model
 
 
 def _eos_ids(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

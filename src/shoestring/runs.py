@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shoestring import config as configs
+from shoestring import models
 from shoestring.config import RunConfig
 from shoestring.errors import ConfigError, DataError
 from shoestring.models import ModelSettings
@@ -246,8 +247,9 @@ def _over(old: RunConfig, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_settings(name: str) -> ModelSettings:
-    """The model settings behind a run's folder (its own dtype and the like), or those of a bare model name."""
-    path = Path(name) / "config.toml"
+    """The model settings behind a run's folder or checkpoint (its own dtype and the like), or those of a bare model
+    name."""
+    path = models.run_of(Path(name)) / "config.toml"
     if not path.is_file():
         return ModelSettings(name=name)
     values = configs.read(path).get("model", {})

@@ -198,8 +198,8 @@ def save_model(model: Any, policy: Policy, folder: Path) -> None:
 
 
 def merge(name: str, out: str) -> Path:
-    """Writes the model of a run (or adapter folder) with its adapter added into the weights, as an ordinary model
-    folder.
+    """Writes the model of a run (or checkpoint, or adapter folder) with its adapter added into the weights, as an
+    ordinary model folder.
 
     The sum is formed in fp32 and rounded once to the base's type. Training never does this: merging and unmerging bf16
     weights over and over moves them. An adapter trained over 4-bit weights is added to the weights they were made from,
@@ -215,10 +215,10 @@ def merge(name: str, out: str) -> Path:
             "all its weights were trained, so there is nothing to add",
             f"use {name}/model as it is",
         )
-    if policy.adapted is None:
+    if policy.adapted is None and models.locate(name).checkpoint is None:
         raise ConfigError(f'the run is "{name}"', "it has no adapter to merge", "give the folder of a finished run")
     stored = models.stored_dtype(name) if saved.dtype in ("auto", "nf4") else None
     dtype = stored or models.torch_dtype(saved.dtype, torch.device("cpu"))
-    merged = policy.adapted.merge_and_unload()  # type: ignore[operator]
+    merged: Any = policy.adapted.merge_and_unload() if policy.adapted else policy.base  # type: ignore[operator]
     runs.replace_folder(target, lambda draft: save_model(merged.to(dtype=dtype), policy, draft))
     return target
