@@ -50,7 +50,11 @@ swept() {
     --out "runs/$name-$1" --at-once "${AT_ONCE:-1}" "${@:2}"
 }
 
-sft() { [ -e "$start/model" ] || "${shoestring[@]}" sft "${sft[@]}" "${settings[@]}" "out=$start"; }
+sft() {
+  [ ! -e "$start/model" ] || return 0
+  if [ -e "$start/config.toml" ]; then "${shoestring[@]}" sft --resume "$start"
+  else "${shoestring[@]}" sft "${sft[@]}" "${settings[@]}" "out=$start"; fi
+}
 
 # A rate, by held-back problems.
 rates() {

@@ -446,10 +446,12 @@ def test_a_checkpoint_is_evaluated_and_merged_as_the_run_was_then(shell: Shell, 
         shutil.copytree("run/model", "whole")
     assert Path("merged/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
     done = shell("train", *SMALL, "model=run/checkpoints/step-1", "out=next")
-    assert done.code == 2 and "merge it first" in done.err
+    assert done.code == 2
+    assert "merge it first" in done.err
     Path("run/checkpoints/step-1/weights.safetensors").write_bytes(b"torn")
     done = shell("eval", "run/checkpoints/step-1")
-    assert done.code == 2 and "it cannot be read" in done.err
+    assert done.code == 2
+    assert "it cannot be read" in done.err
 
 
 def types(folder: str) -> set[torch.dtype]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +233,89 @@ def test_a_seed_gives_the_same_weights_and_another_does_not(adapter: dict[str, A
     assert metrics("a") == metrics("b")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def stopped_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException, **changes: Any) -> None:
+    """A warm start that fails as it computes the gradient of a step."""
+    real, calls = supervised._backward, iter(range(100))
+
+    def failing(*arguments: Any) -> float:
+        if next(calls) == step:
+            raise error
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised, "_backward", failing)
+        with pytest.raises(type(error)):
+            warmed(**changes)
+
+
+@pytest.mark.parametrize("adapter", [{}, LORA], ids=["whole", "lora"])
+def test_one_that_failed_goes_on_and_ends_as_it_would_have(
+    adapter: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five steps of twelve, in the third time through the rows; the schedule, the order and the moments go on."""
+    changes = {**adapter, "num": 20, "epochs": 4}
+    warmed("straight", **changes)
+    stopped_at(monkeypatch, 5, RuntimeError("out of something"), **changes)
+    assert "5 steps are saved; to go on: " in (said := capsys.readouterr().out)
+    assert said.rstrip().endswith("sft --resume warm")
+    assert not Path("warm/model").exists()
+    assert sft(resume="warm") == Path("warm/model")
+    assert metrics("warm") == metrics("straight")
+    a, b = weights("warm"), weights("straight")
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    assert {path.name for path in Path("warm").iterdir()} == {"config.toml", "metrics.jsonl", "model"}
+
+
+def test_one_that_was_killed_goes_on_from_its_newest_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill saves nothing more, and may tear the last line of the log."""
+    warmed("straight", save_every=2)
+    monkeypatch.setattr(supervised, "_saved_at", lambda *_: nullcontext())
+    stopped_at(monkeypatch, 7, RuntimeError("killed"), save_every=2)
+    assert [path.name for path in Path("warm/checkpoints").iterdir()] == ["step-6"]
+    with Path("warm/metrics.jsonl").open("a") as log:
+        log.write('{"step": 7, "lo')
+    Path("warm").rename("moved")
+    sft({"save_every": 0, "execution": {"micro_batch_tokens": 10_000}}, resume="moved")
+    assert metrics("moved") == metrics("straight")
+    a, b = weights("moved"), weights("straight")
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_ctrl_c_lets_the_step_in_hand_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = supervised._update
+
+    def interrupted(*arguments: Any) -> Any:
+        if len(Path("warm/metrics.jsonl").read_text().splitlines()) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised, "_update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            warmed()
+    assert [m["step"] for m in metrics()] == [0, 1, 2, 3]
+    assert [path.name for path in Path("warm/checkpoints").iterdir()] == ["step-4"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_one_that_fails_before_any_step_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped_at(monkeypatch, 0, RuntimeError("out of something"))
+    assert not Path("warm").exists()
+
+
+def test_what_cannot_go_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"it holds no config\.toml"):
+        sft(resume="nowhere")
+    stopped_at(monkeypatch, 5, RuntimeError("out of something"))
+    with pytest.raises(ConfigError, match="changes epochs"):
+        sft({"epochs": 7}, resume="warm")
+    with pytest.raises(ConfigError, match="go on with a warm start by --resume"):
+        warmed()
+    sft(resume="warm")
+    with pytest.raises(ConfigError, match="it is done"):
+        sft(resume="warm")
 
 
 def test_part_of_an_epoch_and_the_schedule() -> None:

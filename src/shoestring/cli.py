@@ -236,20 +236,21 @@ def sample(
 @app.command()
 def sft(
     arguments: Overrides = None,
+    resume: Annotated[str | None, typer.Option(help="The folder of a warm start to go on with.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and exit.")] = False,
 ) -> None:
     """A short supervised warm start on a task's worked solutions; writes an ordinary model folder."""
     from shoestring import config as configs
     from shoestring.settings import build
-    from shoestring.supervised import SftConfig
+    from shoestring.supervised import SftConfig, resumed
     from shoestring.supervised import sft as run_sft
 
-    recipe, overrides = _split(arguments)
-    config = build(SftConfig, configs.read(recipe, overrides), "")
+    values = configs.read(*_split(arguments))
+    config = resumed(Path(resume), values) if resume else build(SftConfig, values, "")
     if dry_run:
         print(configs.dump(config), end="")
     else:
-        run_sft(config)
+        run_sft(config, resume=resume)
 
 
 @app.command()

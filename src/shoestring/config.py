@@ -372,7 +372,7 @@ def literal(value: Any) -> str:
     return json.dumps(value)
 
 
-def differences(left: RunConfig, right: RunConfig) -> list[str]:
+def differences(left: Settings, right: Settings) -> list[str]:
     """Dotted names of the settings in which two configs differ."""
     a, b = _flat(left.model_dump(mode="json")), _flat(right.model_dump(mode="json"))
     return sorted(key for key in {*a, *b} if a.get(key) != b.get(key))

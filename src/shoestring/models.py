@@ -89,7 +89,7 @@ def _locate_folder(path: Path, name: str) -> Source:
     if (path / "checkpoints").is_dir():
         why = "that run has not come to its end, which writes its model"
         raise ConfigError(
-            f'model is "{name}"', why, f"go on with it first: train --resume; or give one of {path}/checkpoints"
+            f'model is "{name}"', why, f"go on with it first (--resume), or give one of {path}/checkpoints"
         )
     raise ConfigError(
         f'model is "{name}"',

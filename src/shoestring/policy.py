@@ -23,6 +23,7 @@ from shoestring.heads import POST_HEAD, gathered_logprobs, selected_logprobs
 from shoestring.layers import Pass, blocks_of
 from shoestring.packing import TREE_MODELS, attention_over_paths
 from shoestring.samplers.decoder import Decoder, unsupported
+from shoestring.settings import pick
 from shoestring.tasks.base import plain_text
 from shoestring.types import Batch
 
@@ -362,10 +363,11 @@ def load_policy(
 def _as_of(path: Path, base: PreTrainedModel) -> nn.Module | None:
     """The base with what a checkpoint's run trained of it, or in it, as it was then, frozen; None where the base itself
     is what was trained."""
-    from shoestring import runs
+    from shoestring.adapters import ADAPTERS
     from shoestring.checkpoint import restore_weights
+    from shoestring.config import read
 
-    model = runs.resumed_config(models.run_of(path), None).adapter.attach(base)
+    model = pick(ADAPTERS, "adapter", read(models.run_of(path) / "config.toml")["adapter"]).attach(base)
     restore_weights(path, {name: p for name, p in model.named_parameters() if p.requires_grad})
     model.requires_grad_(False)
     return None if model is base else model

@@ -14,7 +14,7 @@ from shoestring import models
 from shoestring.config import RunConfig
 from shoestring.errors import ConfigError, DataError
 from shoestring.models import ModelSettings
-from shoestring.settings import build
+from shoestring.settings import Settings, build
 from shoestring.tasks.file import File
 
 # What a resumed run may change: how long it is and how it is carried out, not what it computes.
@@ -210,28 +210,41 @@ def saved(folder: Path) -> dict[str, Any]:
     return values
 
 
+def to_resume(folder: Path) -> dict[str, Any]:
+    """What the config.toml of a run to resume holds."""
+    if not (folder / "config.toml").is_file():
+        raise ConfigError(f"the run to resume is {folder}", "it holds no config.toml", "give the folder of a run")
+    return saved(folder)
+
+
 def resumed_config(folder: Path, config: RunConfig | Mapping[str, Any] | str | Path | None) -> RunConfig:
     """The config with which a run goes on: its own, with what may change changed. Raises `ConfigError` for the rest."""
-    path = folder / "config.toml"
-    if not path.is_file():
-        raise ConfigError(f"the run to resume is {folder}", "it holds no config.toml", "give the folder of a run")
-    old = configs.settle(saved(folder))
+    old = configs.settle(to_resume(folder))
     if config is None:
         return old
-    asked = config if isinstance(config, RunConfig) else configs.settle(_over(old, _values(config)))
-    changed = [key for key in configs.differences(old, asked) if not key.startswith(_MAY_CHANGE)]
+    asked = config if isinstance(config, RunConfig) else configs.settle(over(old, _values(config)))
+    changed = changes(old, asked)
     if asked.steps != old.steps and old.optim.schedule != "constant":
         changed.append("steps (the schedule of the learning rate depends on it)")
+    refuse_changes(folder, changed)
+    return asked.model_copy(update={"out": old.out})
+
+
+def changes(old: Settings, asked: Settings) -> list[str]:
+    """The settings that two configs of one run differ in and must not."""
+    return [key for key in configs.differences(old, asked) if not key.startswith(_MAY_CHANGE)]
+
+
+def refuse_changes(folder: Path, changed: Sequence[str]) -> None:
     if changed:
         raise ConfigError(
             f"the run to resume is {folder}, and the config changes {', '.join(changed)}",
             "what it computes would be neither the old run nor a new one",
             "resume without these changes, or start a new run",
         )
-    return asked.model_copy(update={"out": old.out})
 
 
-def _over(old: RunConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+def over(old: Settings, values: Mapping[str, Any]) -> dict[str, Any]:
     """The old config with the given values laid over it. A table with another `name` takes the old one's place."""
     merged = old.model_dump(exclude_none=True)
     for key, value in values.items():

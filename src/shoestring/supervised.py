@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Literal
@@ -15,14 +18,15 @@ import torch
 from pydantic import BeforeValidator, Field
 from rich.console import Console
 
+from shoestring import checkpoint, models, report, runs
 from shoestring import config as configs
-from shoestring import models, runs
 from shoestring.adapters import ADAPTERS
 from shoestring.batch import Row, cut_rows, pad_rows
 from shoestring.checkpoint import Pieces
 from shoestring.config import ExecutionSettings, OptimSettings, named_model
 from shoestring.environment import command, quoted
 from shoestring.errors import ConfigError, DataError
+from shoestring.locks import locked
 from shoestring.models import ModelSettings
 from shoestring.optim import (
     build_optimizer,
@@ -34,6 +38,7 @@ from shoestring.optim import (
 )
 from shoestring.policy import Policy, load_policy, to_device
 from shoestring.settings import Settings, build, pick
+from shoestring.signals import held_back
 from shoestring.tasks import TASKS
 from shoestring.tasks.file import File
 from shoestring.types import Problem
@@ -61,39 +66,54 @@ class SftConfig(Settings):
     """Problems, the first of the train split; None takes all of it."""
     save_dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
     execution: ExecutionSettings = ExecutionSettings()
+    save_every: int = Field(default=0, ge=0)
+    """Steps between checkpoints, of which the newest is kept; 0: only where it is stopped or fails."""
     seed: int = 0
     out: str = "runs/sft"
 
 
-def sft(config: SftConfig | Mapping[str, Any]) -> Path:
+def sft(config: SftConfig | Mapping[str, Any] | None = None, *, resume: str | Path | None = None) -> Path:
     """Trains on the solutions and writes an ordinary model folder, `<out>/model`; returns it.
 
-    The loss is the mean negative log-prob of a batch's solution tokens, the end token included.
+    The loss is the mean negative log-prob of a batch's solution tokens, the end token included. Ctrl-C and SIGTERM are
+    held back until the step in hand is done and saved, and take their course then. `resume` is the folder of a warm
+    start that was stopped; it ends as it would have, and only how it is carried out may change (`execution`,
+    `save_every`). Raises `ConfigError` and `DataError`.
     """
-    config = config if isinstance(config, SftConfig) else build(SftConfig, dict(config), "")
+    if resume is None:
+        config = config if isinstance(config, SftConfig) else build(SftConfig, dict(config or {}), "")
+        runs.check_free(Path(config.out), "choose another folder, or go on with a warm start by --resume")
+    else:
+        config = resumed(Path(resume), config)
     folder, console = Path(config.out), Console(soft_wrap=True)
-    runs.check_free(folder)
     check_optimizer(config.optim, config.execution.device)
     problems, unsolved = _problems(config)
     torch.manual_seed(config.seed)
     policy = _load(config)
     rows, left_out = _rows(policy, config, problems)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(configs.dump(config), encoding="utf-8")
     console.print(
         f"sft on {config.task.name}: {len(rows):,} examples, {left_out} longer than {config.max_length} left out"
         + (f", {unsolved:,} without a worked solution too" if unsolved else "")
     )
-    try:
-        losses = _train(policy, config, rows, folder, console)
-    except BaseException:
-        shutil.rmtree(folder)  # half a warm start is of no use, and would be in the way of the next
-        raise
-    _save(policy, config, folder / "model")
+    with locked(folder), held_back("Stopping once this step is done and saved") as stopped:
+        (folder / "config.toml").write_text(configs.dump(config), encoding="utf-8")
+        losses = _train(policy, config, rows, folder, console, stopped)
     console.print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}\nmodel:    {folder / 'model'}")
     where, task = quoted(folder / "model"), quoted(config.task.name)
     console.print(f"evaluate: {command()} eval {where} --task {task}", soft_wrap=True)
     return folder / "model"
+
+
+def resumed(folder: Path, config: SftConfig | Mapping[str, Any] | None = None) -> SftConfig:
+    """The config with which a warm start goes on: its own, with what may change changed."""
+    old = build(SftConfig, runs.to_resume(folder), "")
+    if (folder / "model").exists():
+        raise ConfigError(f"the warm start to resume is {folder}", "it is done", f"use its model: {folder / 'model'}")
+    asked = config if isinstance(config, SftConfig) else build(SftConfig, runs.over(old, config or {}), "")
+    asked = asked.model_copy(update={"out": old.out})
+    runs.refuse_changes(folder, runs.changes(old, asked))
+    return asked.model_copy(update={"out": str(folder)})
 
 
 def _problems(config: SftConfig) -> tuple[list[Problem], int]:
@@ -138,35 +158,81 @@ def _rows(policy: Policy, config: SftConfig, problems: Sequence[Problem]) -> tup
     return rows, left_out
 
 
-def _train(policy: Policy, config: SftConfig, rows: list[Row], folder: Path, console: Console) -> list[float]:
-    """Goes through the rows `epochs` times in seeded order; the loss of each optimizer step."""
-    parameters = list(policy.trained().values())
-    optimizer = build_optimizer(parameters, config.optim)
-    a_epoch = math.ceil(len(rows) / config.batch_size)
-    steps = max(round(config.epochs * a_epoch), 1)
-    random, queue, losses, started = Random(config.seed), [], [], time.perf_counter()
-    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
-        for step in range(steps):
-            if not queue:
-                queue = random.sample(rows, len(rows))
-            batch, queue = queue[: config.batch_size], queue[config.batch_size :]
-            lr = learning_rate(step, steps, config.optim)
-            set_learning_rate(optimizer, lr)
-            loss = _backward(policy, config, batch)
-            norm = float(clip_gradient(parameters, config.optim.max_grad_norm))
-            applied = math.isfinite(norm) and math.isfinite(loss)
-            if applied:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+def _train(
+    policy: Policy, config: SftConfig, rows: list[Row], folder: Path, console: Console, stopped: Sequence[int]
+) -> list[float]:
+    """The steps that are left, until the last or a signal, then the model's folder; the loss of each step."""
+    optimizer = build_optimizer(policy.trained().values(), config.optim)
+    last = checkpoint.latest(folder)
+    state = checkpoint.restore(last, policy.trained(), optimizer) if last else checkpoint.State()
+    report.cut_logs(folder, state.step)
+    done = list(report.read_lines(folder / "metrics.jsonl"))
+    losses, started = [line["loss"] for line in done], time.perf_counter() - (done[-1]["seconds"] if done else 0)
+    steps = max(round(config.epochs * math.ceil(len(rows) / config.batch_size)), 1)
+
+    def save() -> None:
+        checkpoint.save(folder, policy.trained(), optimizer, state)
+        checkpoint.prune(folder, 1)
+
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1) as metrics:
+        for batch in islice(_batches(rows, config), state.step, steps):
+            with _saved_at(state, save, folder, console):  # what fails in here leaves the weights as they are
+                if stopped:
+                    raise KeyboardInterrupt if stopped[0] == signal.SIGINT else SystemExit(128 + stopped[0])
+                loss = _backward(policy, config, batch)
+            lr = learning_rate(state.step, steps, config.optim)
+            norm, applied = _update(policy, optimizer, config, loss, lr)
             losses.append(loss)
             seconds = round(time.perf_counter() - started, 3)
-            record = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "applied": applied, "seconds": seconds}
-            metrics.write(json.dumps(record) + "\n")
-            if step % max(steps // 20, 1) == 0 or step == steps - 1:
+            record = {"loss": loss, "grad_norm": norm, "lr": lr, "applied": applied, "seconds": seconds}
+            metrics.write(json.dumps({"step": state.step, **record}) + "\n")
+            if state.step % max(steps // 20, 1) == 0 or state.step == steps - 1:
                 console.print(
-                    f"step {step + 1}/{steps}  loss {loss:.4f}  norm {norm:.2f}  {seconds:.0f} s", highlight=False
+                    f"step {state.step + 1}/{steps}  loss {loss:.4f}  norm {norm:.2f}  {seconds:.0f} s", highlight=False
                 )
+            state.step += 1
+            if config.save_every and state.step % config.save_every == 0:
+                save()
+    with _saved_at(state, save, folder, console):
+        _save(policy, config, folder / "model")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return losses
+
+
+def _batches(rows: list[Row], config: SftConfig) -> Iterator[list[Row]]:
+    """The rows in seeded order, in a new one each time through them, without end."""
+    random, size = Random(config.seed), config.batch_size
+    while True:
+        order = random.sample(rows, len(rows))
+        yield from (order[start : start + size] for start in range(0, len(order), size))
+
+
+@contextmanager
+def _saved_at(state: checkpoint.State, save: Callable[[], None], folder: Path, console: Console) -> Iterator[None]:
+    """Where it ends early, the steps that are done are saved first; without any, the folder goes."""
+    try:
+        yield
+    except BaseException:
+        if state.step:
+            save()
+            going_on = f"{command()} sft --resume {quoted(folder)}"
+            console.print(f"{state.step} steps are saved; to go on: {going_on}", highlight=False)
+        else:
+            shutil.rmtree(folder)
+        raise
+
+
+def _update(
+    policy: Policy, optimizer: torch.optim.Optimizer, config: SftConfig, loss: float, lr: float
+) -> tuple[float, bool]:
+    """The norm of the gradient, and whether the step was taken, which a number that is not finite prevents."""
+    set_learning_rate(optimizer, lr)
+    norm = float(clip_gradient(list(policy.trained().values()), config.optim.max_grad_norm))
+    applied = math.isfinite(norm) and math.isfinite(loss)
+    if applied:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, applied
 
 
 def _backward(policy: Policy, config: SftConfig, rows: list[Row]) -> float:
