@@ -143,7 +143,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["eval", "tiny"], "add --task"),
     (["eval", "half"], "that run has not come to its end"),
     (["eval", "tiny", "--task", "file:train.jsonl", "check=none"], "every completion would count as wrong"),
-    (["sweep", "task.name=file:train.jsonl", "task.check=none"], "every completion would count as wrong"),
+    (["sweep", "task.name=file:train.jsonl", "task.check=none"], "it has nothing to compare answers with"),
     (["eval", "tiny", "--task", "multiplicaton"], 'did you mean "multiplication"'),
     (["eval", "tiny", "--task", "multiplication", "--split", "exam"], "use one of: train, validation, test"),
     (["eval", "tiny", "--task", "multiplication", "task.digitz=[2, 2]"], 'did you mean "digits"'),

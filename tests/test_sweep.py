@@ -157,6 +157,45 @@ def test_rows_means_and_intervals_and_nothing_twice(shell: Shell, started: list[
     assert len(started) == 6
 
 
+def test_runs_without_answers_are_compared_by_their_rewards(shell: Shell, started: list[str]) -> None:
+    """Alone, a run's model gets the same mean; the table has it with three decimals."""
+    Path("short.py").write_text(
+        "def brief(completions, **others):\n    return [-len(c[0]['content']) / 8 for c in completions]\n"
+    )
+    for split, numbers in (("train", range(10, 40)), ("test", range(40, 50))):
+        lines = [json.dumps({"prompt": f"{a}*3="}) for a in numbers]
+        Path(f"rows-{split}.jsonl").write_text("\n".join(lines))
+    Path("rows").mkdir()
+    for split in ("train", "test"):
+        Path(f"rows-{split}.jsonl").rename(f"rows/{split}.jsonl")
+    own = ["task.name=file:rows", "task.check=none", 'rewards.functions=["short:brief"]', "optim.lr=1e-2"]
+    text = shell.fine("sweep", *SMALL, *own, "--over", "algorithm=grpo,t-spmo", "--seeds", "0,1", "--split", "test")
+    assert len(started) == 4
+    found = written()
+    for row in found["rows"]:
+        assert row["low"] <= row["reward"] <= row["high"] < 0
+        assert "accuracy" not in row
+        assert row["problems"] == 10
+    assert len({row["base_reward"] for row in found["rows"]}) == len(list(Path("runs/sweep").glob("base-*"))) == 1
+    for means in found["combinations"]:
+        first, second = (row["reward"] for row in found["rows"] if row["method"] == means["method"])
+        assert means["reward"] == pytest.approx((first + second) / 2)
+        assert f" {means['reward']:.3f} " in text
+    assert "Greedy reward on" in text
+    row = found["rows"][0]
+    alone = json.loads(shell.fine("eval", row["run"], "--json", "--details", "each.json"))
+    assert alone["reward"] == pytest.approx(row["reward"], abs=1e-9)
+    each = json.loads(Path("each.json").read_text())["outcomes"]
+    assert len(each) == 10
+    assert sum(each.values()) / 10 == pytest.approx(row["reward"])
+    assert f"{row['reward']:.3f}" in shell.fine("eval", row["run"])
+    told = shell("eval", row["run"], "--k", "1,4")
+    assert told.code == 2
+    assert "rewards judge one greedy completion" in told.err
+    by_answers = json.loads(shell.fine("eval", row["run"], "--task", "multiplication", "--num", "5", "--json"))
+    assert "accuracy" in by_answers
+
+
 def test_more_steps_go_on_where_a_run_was_and_are_judged_anew(shell: Shell, started: list[str]) -> None:
     shell.fine("sweep", *SMALL, "--num", "5", "--out", "grown")
     shell.fine("sweep", "steps=4", *SMALL[1:], "--num", "5", "--out", "grown")

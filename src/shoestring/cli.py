@@ -117,9 +117,11 @@ def evaluate(
 ) -> None:
     """Accuracy, pass@k and maj@k of a run or model, with 95 % intervals.
 
-    With several completions of a problem the greedy accuracy stands beside them.
+    With several completions of a problem the greedy accuracy stands beside them. A run whose own evaluations go by its
+    rewards is judged by these here too.
     """
-    from shoestring.evaluation import EvalSettings, check_judges, first_problems
+    from shoestring import judging
+    from shoestring.evaluation import EvalSettings, first_problems
     from shoestring.overlap import overlap
 
     target, overrides = _split(arguments)
@@ -130,17 +132,18 @@ def evaluate(
     settings.check()
     if details and not Path(details).absolute().parent.is_dir():
         raise ConfigError(f"--details is {details}", "its folder is not there", "give a file in a folder that is")
-    chosen, model, tokens, truncated, trained_on = _target(target, task, overrides)
+    chosen, model, tokens, truncated, trained_on, judge = _target(target, task, overrides)
     settings = replace(settings, allow_truncated_prompts=allow_truncated_prompts or truncated)
     if max_new_tokens is None and tokens is not None:
         settings = replace(settings, max_new_tokens=tokens)
-    check_judges(chosen)
+    judging.check(judge, settings)
     problems = first_problems(chosen, split, num)  # a wrong split or missing data is reported before the model loads
     shared = overlap(problems, trained_on)
-    found = _evaluated(_policy(model), chosen, settings, show=not as_json)
+    found = _evaluated(_policy(model), judge, settings, show=not as_json)
     values = {"model": model.name, **found.as_json(), "overlap": vars(shared) if shared else None}
     if details:
-        outcomes = {"outcomes": found.outcomes, **({"greedy_outcomes": found.greedy.outcomes} if found.greedy else {})}
+        greedy = getattr(found, "greedy", None)
+        outcomes = {"outcomes": found.outcomes, **({"greedy_outcomes": greedy.outcomes} if greedy else {})}
         Path(details).write_text(json.dumps({**values, **outcomes}, indent=1), encoding="utf-8")
     if as_json:
         print(json.dumps(values))
@@ -210,7 +213,7 @@ def sample(
     for name, value in (("num", num), ("completions", completions)):
         if value < 1:
             raise ConfigError(f"{name} is {value}", "it counts what is sampled", "use 1 or more")
-    chosen, model, tokens, truncated, _ = _target(target, task, overrides)
+    chosen, model, tokens, truncated, *_ = _target(target, task, overrides)
 
     from shoestring.rollout import encode, roll_out
     from shoestring.samplers import SAMPLERS, Sampling
@@ -343,11 +346,13 @@ class _Asked(NamedTuple):
     max_new_tokens: int | None
     allow_truncated_prompts: bool
     trained_on: Task
+    judge: RunConfig
 
 
 def _target(target: str | None, task: str | None, overrides: list[str]) -> _Asked:
-    """The task, the model and the limit on new tokens that a run's folder or a model name stand for, and the task whose
-    training problems it has seen (for a model that is no run of ours: the task itself)."""
+    """The task, the model and the limit on new tokens that a run's folder or a model name stand for, the task whose
+    training problems it has seen (for a model that is no run of ours: the task itself), and a config that judges as
+    the run does: another task is judged by its answers."""
     from shoestring import config as configs
     from shoestring import models, runs
     from shoestring.settings import build, pick
@@ -373,7 +378,11 @@ def _target(target: str | None, task: str | None, overrides: list[str]) -> _Aske
     asked = pick(TASKS, "task", tables["task"])
     trained_on = pick(TASKS, "task", saved["task"]) if "task" in saved else asked
     tokens, truncated = saved.get("sampling", {}).get("max_new_tokens"), saved.get("allow_truncated_prompts", False)
-    return _Asked(asked, model, tokens, truncated, trained_on)
+    if task is None and {"evaluation", "rewards"} <= saved.keys():
+        judge = configs.settle(saved).model_copy(update={"task": asked})
+    else:
+        judge = configs.settle({"task": tables["task"], "evaluation": {"by": "answers"}})
+    return _Asked(asked, model, tokens, truncated, trained_on, judge)
 
 
 def _policy(model: ModelSettings) -> Policy:
@@ -382,20 +391,18 @@ def _policy(model: ModelSettings) -> Policy:
     return load_policy(model)
 
 
-def _evaluated(policy: Policy, task: Task, settings: EvalSettings, *, show: bool) -> Any:
+def _evaluated(policy: Policy, judge: RunConfig, settings: EvalSettings, *, show: bool) -> Any:
     from rich.console import Console
     from rich.progress import Progress
 
-    from shoestring.evaluation import evaluate as run_evaluation
+    from shoestring.judging import judged
     from shoestring.samplers import SAMPLERS
 
     engine = SAMPLERS["auto"]().open(policy)
     console = Console(stderr=True)
     with Progress(console=console, disable=not (show and console.is_terminal), transient=True) as bar:
         job = bar.add_task("evaluating")
-        return run_evaluation(
-            policy, engine, task, settings, lambda done, total: bar.update(job, completed=done, total=total)
-        )
+        return judged(policy, engine, judge, settings, lambda done, total: bar.update(job, completed=done, total=total))
 
 
 def _print_plan(config: RunConfig, plan: Plan) -> None:
@@ -444,18 +451,21 @@ def _print_evaluation(values: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    kind = f"{values['samples']} completions each, " if values["samples"] > 1 else ""
-    kind += "greedy" if values["temperature"] == 0 else f"temperature {values['temperature']:g}"
+    samples = values.get("samples", 1)
+    kind = f"{samples} completions each, " if samples > 1 else ""
+    kind += "greedy" if not values.get("temperature") else f"temperature {values['temperature']:g}"
     table = Table(
         title=f"{values['model']} on {values['task']}, {values['split']}: {values['problems']} problems, {kind}"
     )
     for heading in ("figure", "value", "95 % interval"):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
+    if "reward" in values:
+        table.add_row("mean reward", f"{values['reward']:.3f}", f"{values['low']:.3f} to {values['high']:.3f}")
     for name, part in (("greedy accuracy", values.get("greedy")), ("accuracy", values)):
-        if part:
+        if part and "accuracy" in part:
             table.add_row(name, f"{part['accuracy']:.1%}", f"{part['low']:.1%} to {part['high']:.1%}")
     for name in ("pass", "maj"):
-        for key, value in values[f"{name}_at_k"].items() if values["samples"] > 1 else ():
+        for key, value in values[f"{name}_at_k"].items() if samples > 1 else ():
             low, high = values[f"{name}_at_k_interval"][key]
             table.add_row(f"{name}@{key}", f"{value:.1%}", f"{low:.1%} to {high:.1%}")
     table.add_row("cut off", f"{values['truncated']:.1%}", "")
@@ -466,16 +476,19 @@ def _print_sweep(found: dict[str, Any], swept: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from shoestring.sweep import figure_of, in_words
+
     tasks = dict.fromkeys(f"{row['task']}, {row['split']}" for row in found["rows"])
-    table = Table(title=f"Greedy accuracy on {'; '.join(tasks)}")
-    for heading in (*swept, "accuracy", "95 % interval", "before", "seeds", "tokens trained", "peak GiB", "seconds"):
+    names = " or ".join(sorted({figure_of(row) for row in found["rows"]}))
+    table = Table(title=f"Greedy {names} on {'; '.join(tasks)}")
+    for heading in (*swept, names, "95 % interval", "before", "seeds", "tokens trained", "peak GiB", "seconds"):
         table.add_column(heading, justify="left" if heading in swept else "right")
     for means in found["combinations"]:
         table.add_row(
             *(str(means[key]) for key in swept),
-            f"{means['accuracy']:.1%}",
-            "{:.1%} to {:.1%}".format(*means["interval"]) if means["interval"] else "single seed",
-            f"{means['base_accuracy']:.1%}",
+            in_words(means),
+            in_words(means, "interval") if means["interval"] else "single seed",
+            in_words(means, "base"),
             " ".join(map(str, means["seeds"])),
             f"{means['tokens_trained']:,.0f} of {means['tokens_sampled']:,.0f}",
             f"{means['peak_allocated_gib']:.2f}",

@@ -178,11 +178,15 @@ class RewardEvaluation:
     truncated: float
     """Share of completions that were cut off."""
     tokens: int
+    outcomes: dict[str, float]
+    """The reward of each of them, by problem id."""
     timed_out: tuple[str, ...] = ()
     """The problems whose completion was not scored in time; `rewards.on_timeout` says what they count."""
 
     def as_json(self) -> dict[str, Any]:
-        return {**vars(self), "timed_out": len(self.timed_out)}
+        """The figures for `--json` and evals.jsonl."""
+        figures = {key: value for key, value in vars(self).items() if key != "outcomes"}
+        return {**figures, "timed_out": len(self.timed_out)}
 
 
 def evaluate_by_rewards(
@@ -191,19 +195,23 @@ def evaluate_by_rewards(
     task: Task,
     settings: EvalSettings,
     scored: Callable[[Sequence[Rollout]], Scored],
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RewardEvaluation:
     """As `evaluate`, with one greedy completion a problem, and by what `scored` makes of them all."""
     settings.check()
-    problems, rollouts = answered(policy, engine, task, replace(settings, ks=(1,), samples=1, temperature=0.0))
+    problems, rollouts = answered(
+        policy, engine, task, replace(settings, ks=(1,), samples=1, temperature=0.0), progress
+    )
     found = scored(rollouts)
-    values = [score.value for score in found.scores if not score.parts.get("unscored")]
-    if not values:
+    pairs = [(p.id, s.value) for p, s in zip(problems, found.scores, strict=True) if not s.parts.get("unscored")]
+    if not pairs:
         raise DataError(
             f"none of the {len(problems)} problems of the evaluation got a reward ({len(found.timed_out)} not in time, "
             "the others None)",
             "there is nothing to take a mean of",
             "let a function score them, or evaluate nothing (eval_every = 0)",
         )
+    values = [value for _, value in pairs]
     low, high = bootstrap(values)
     completions = [completion for rollout in rollouts for completion in rollout.completions]
     return RewardEvaluation(
@@ -215,6 +223,7 @@ def evaluate_by_rewards(
         high=high,
         truncated=sum(c.stop == "length" for c in completions) / len(completions),
         tokens=sum(len(c.token_ids) for c in completions),
+        outcomes=dict(pairs),
         timed_out=tuple(found.timed_out),
     )
 

@@ -32,8 +32,8 @@ from shoestring.policy import Policy
 from shoestring.pool import Scoring
 from shoestring.prompts import FreshPrompts
 from shoestring.report import Reporter
-from shoestring.rewards import RewardFunction, Rewards, Row, Scored, TrainerState
-from shoestring.rollout import Encoded, Rollout, encode, roll_out
+from shoestring.rewards import RewardFunction, Rewards, Scored, TrainerState, check_task
+from shoestring.rollout import Encoded, Rollout, encode, roll_out, rows
 from shoestring.rounds import Round, Sampled, joined, wanted
 from shoestring.samplers.base import Engine
 from shoestring.signals import held_back
@@ -160,12 +160,7 @@ def _run(folder: Path, config: RunConfig, rewards: Rewards, *, quiet: bool, prof
         raise ConfigError(
             f"steps is {config.steps}, and {folder} has done {done}", "a run does not go back", "write more steps"
         )
-    if "task" in config.rewards.functions and not all(map(has_answers, parts(config.task))):
-        raise ConfigError(
-            'task.check is "none"',
-            '"task" is among the rewards, and it has nothing to compare answers with',
-            'write task.check = "math" or "text", or give rewards of your own',
-        )
+    check_task(config.rewards.functions, config.task)
     if profile:
         profiler.check(config.steps, done)
     problems = config.task.problems("train")
@@ -359,7 +354,7 @@ def _roll_out(session: Session, state: State, start: int, num: int) -> tuple[lis
     fresh, num_cut = session.fresh.take(state.cursor + place, num - len(replays))
 
     def begin_to_score(rollout: Rollout) -> None:
-        session.scoring.begin(_rows([rollout]), _trainer_state(session, step))
+        session.scoring.begin(rows([rollout]), _trainer_state(session, step))
 
     def rolled(prompts: list[Prompt], num: int, purpose: str, first: int = 0) -> list[Rollout]:
         return roll_out(
@@ -413,18 +408,10 @@ def order(count: int, seed: int, start: int, num: int) -> list[int]:
 
 
 def _score(session: Session, rollouts: Sequence[Rollout], step: int) -> tuple[Scored, list[Group]]:
-    scored = session.scoring.score(_rows(rollouts), _trainer_state(session, step))
+    scored = session.scoring.score(rows(rollouts), _trainer_state(session, step))
     scores = iter(scored.scores)
     groups = [Group(r.prompt, r.completions, tuple(next(scores) for _ in r.completions)) for r in rollouts]
     return scored, groups
-
-
-def _rows(rollouts: Iterable[Rollout]) -> list[Row]:
-    return [
-        Row(rollout.prompt.problem, text, completion.token_ids)
-        for rollout in rollouts
-        for text, completion in zip(rollout.texts, rollout.completions, strict=True)
-    ]
 
 
 def _trainer_state(session: Session, step: int) -> TrainerState:
@@ -444,7 +431,7 @@ def _evaluate(session: Session, state: State) -> None:
 
     def scored(rollouts: Sequence[Rollout]) -> Scored:
         try:
-            return session.scoring.score(_rows(rollouts), _trainer_state(session, state.step))
+            return session.scoring.score(rows(rollouts), _trainer_state(session, state.step))
         except DataError as error:
             given = f"in the evaluation after step {state.step} (one completion a problem) {error.given}"
             raise DataError(given, error.why, error.write) from error

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from shoestring import dotted
 from shoestring.errors import ConfigError, DataError
-from shoestring.tasks.base import Task, plain_text
+from shoestring.tasks.base import Task, has_answers, parts, plain_text
 from shoestring.types import Problem, Score
 
 RewardFunction = Callable[..., Any]
@@ -47,6 +47,16 @@ RESERVED = {
 
 _PARTS = ("correct", "solved")
 """What a task calls the parts of its own score, by which the share of solved problems is counted."""
+
+
+def check_task(functions: Sequence[str], task: Task) -> None:
+    """Raises `ConfigError` if the task's own score is among the rewards of one that has no answers."""
+    if "task" in functions and not all(map(has_answers, parts(task))):
+        raise ConfigError(
+            'task.check is "none"',
+            '"task" is among the rewards, and it has nothing to compare answers with',
+            'write task.check = "math" or "text", or give rewards of your own',
+        )
 
 
 class Row(NamedTuple):

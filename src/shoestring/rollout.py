@@ -7,9 +7,19 @@ from typing import NamedTuple
 
 from shoestring.errors import DataError
 from shoestring.policy import Policy, Reader
+from shoestring.rewards import Row
 from shoestring.samplers.base import Engine, Sampling
 from shoestring.tasks.base import Task
 from shoestring.types import Completion, Problem, Prompt
+
+
+def rows(rollouts: Iterable[Rollout]) -> list[Row]:
+    """Their completions one by one, to be scored."""
+    return [
+        Row(rollout.prompt.problem, text, completion.token_ids)
+        for rollout in rollouts
+        for text, completion in zip(rollout.texts, rollout.completions, strict=True)
+    ]
 
 
 class Encoded(NamedTuple):

@@ -63,7 +63,7 @@ def open_run(
     else:
         settled = config if isinstance(config, RunConfig) else configs.settle(_values(config))
         if not rewards:
-            _refuse_python("the config is that of a run from Python", settled, "train(..., rewards=[...])")
+            refuse_python("the config is that of a run from Python", settled, "train(..., rewards=[...])")
         folder = _new_folder(settled.out, settled.task.name, settled.algorithm.name)
         settled = settled.model_copy(update={"out": str(folder)})
     settled = _with_rewards(settled, rewards)
@@ -98,10 +98,11 @@ def _check_rewards_are_back(folder: Path, config: RunConfig, rewards: Sequence[A
             "resume with the same rewards, or start a new run",
         )
     if not rewards:
-        _refuse_python(f"the run to resume is {folder}", config, "train(resume=..., rewards=[...])")
+        refuse_python(f"the run to resume is {folder}", config, "train(resume=..., rewards=[...])")
 
 
-def _refuse_python(given: str, config: RunConfig, call: str) -> None:
+def refuse_python(given: str, config: RunConfig, call: str) -> None:
+    """Raises `ConfigError` if rewards were handed over as functions, which nothing but that call can do again."""
     missing = [name.removeprefix(_PYTHON) for name in config.rewards.functions if is_python(name)]
     if missing:
         raise ConfigError(

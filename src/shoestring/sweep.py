@@ -14,14 +14,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from shoestring import checkpoint, models, report, runs
 from shoestring import config as configs
 from shoestring.environment import device_name, versions
-from shoestring.evaluation import EvalSettings, evaluate, first_problems, t_interval
+from shoestring.evaluation import EvalSettings, first_problems, t_interval
+from shoestring.judging import figure, judged
 from shoestring.overlap import overlap
 from shoestring.signals import held_back
 from shoestring.trials import Trial, all_but_out
@@ -49,7 +50,7 @@ def carry_out(trials: Sequence[Trial], say: Callable[[str], None], at_once: int 
                 running.remove(place)
                 free.append(card)
                 if trial.done:
-                    say(f"{trial.label}: {row(trial)['accuracy']:.1%}")
+                    say(f"{trial.label}: {in_words(row(trial))}")
                 elif not stopped:
                     failed[trial.label] = _last_line(trial.log) or f"exit status {process.returncode}"
                     say(f"{trial.label}: FAILED: {failed[trial.label]} ({trial.log})")
@@ -121,7 +122,7 @@ def _evaluate(trial: Trial, model: models.ModelSettings, path: Path, wave_tokens
         max_new_tokens=config.sampling.max_new_tokens,
         allow_truncated_prompts=config.allow_truncated_prompts,
     )
-    found = evaluate(policy, SAMPLERS["auto"]().open(policy, wave_tokens), config.task, settings)
+    found = judged(policy, SAMPLERS["auto"]().open(policy, wave_tokens), config, settings)
     shared = overlap(first_problems(config.task, trial.split, trial.num), config.task)
     values = {**found.as_json(), "device": device_name(), "outcomes": found.outcomes}
     values["overlap"] = vars(shared) if shared else None
@@ -133,13 +134,13 @@ def _evaluate(trial: Trial, model: models.ModelSettings, path: Path, wave_tokens
 def row(trial: Trial) -> dict[str, Any]:
     """The figures of a run that is done. Tokens, seconds and memory are those of all its steps."""
     before, after = (json.loads(path.read_text(encoding="utf-8")) for path in (trial.base, trial.result))
-    steps, own = report.read_metrics(trial.folder), trial.config.evaluation
+    steps, own, name = report.read_metrics(trial.folder), trial.config.evaluation, figure(trial.config)
     return {
         "method": trial.config.algorithm.name,
         **trial.swept,
         "seed": trial.config.seed,
-        **{key: after[key] for key in ("accuracy", "low", "high")},
-        "base_accuracy": before["accuracy"],
+        **{key: after[key] for key in (name, "low", "high")},
+        f"base_{name}": before[name],
         **{key: after[key] for key in ("task", "split", "problems", "overlap", "device")},
         "steps": len(steps),
         "chosen_on": own.split if trial.config.eval_every and own.keep == "best" else None,
@@ -165,14 +166,30 @@ def summary(trials: Sequence[Trial], failed: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def figure_of(figures: dict[str, Any]) -> str:
+    """By what a run, or a combination, was judged."""
+    return "accuracy" if "accuracy" in figures else "reward"
+
+
+def in_words(figures: dict[str, Any], which: Literal["after", "base", "interval"] = "after") -> str:
+    """What that came to: in the end, before, or its interval over seeds."""
+    name = figure_of(figures)
+    key = {"after": name, "base": f"base_{name}", "interval": "interval"}[which]
+    values = figures[key] if which == "interval" else [figures[key]]
+    return " to ".join(f"{value:.1%}" if name == "accuracy" else f"{value:.3f}" for value in values)
+
+
 def _over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    over_seeds = t_interval([figures["accuracy"] for figures in rows])
-    means = ("accuracy", "base_accuracy", "tokens_sampled", "tokens_trained", "peak_allocated_gib", "seconds")
+    name = figure_of(rows[0])
+    over_seeds = t_interval([figures[name] for figures in rows])
+    if over_seeds and name == "accuracy":
+        over_seeds = max(over_seeds[0], 0.0), min(over_seeds[1], 1.0)
+    means = (name, f"base_{name}", "tokens_sampled", "tokens_trained", "peak_allocated_gib", "seconds")
     return {
         "method": rows[0]["method"],
         "seeds": [figures["seed"] for figures in rows],
         **{key: statistics.mean(figures[key] for figures in rows) for key in means},
-        "interval": over_seeds and (max(over_seeds[0], 0.0), min(over_seeds[1], 1.0)),
+        "interval": over_seeds,
     }
 
 

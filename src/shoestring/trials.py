@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoestring import checkpoint, models, runs
+from shoestring import checkpoint, judging, models, runs
 from shoestring import config as configs
 from shoestring.config import RunConfig
 from shoestring.errors import ConfigError
-from shoestring.evaluation import check_judges
 from shoestring.tasks.base import stable_hash
 
 
@@ -52,7 +51,8 @@ class Trial:
     def base(self) -> Path:
         """The evaluation of what it started from; trials share it."""
         config = self.config
-        same = (config.model, config.task, config.sampling.max_new_tokens, config.allow_truncated_prompts)
+        same: tuple[Any, ...] = (config.model, config.task, config.sampling.max_new_tokens)
+        same += (config.allow_truncated_prompts, *([config.rewards] if config.evaluated_by == "rewards" else []))
         return self.folder.parent / f"base-{stable_hash(*same, self.split, self.num):016x}.json"
 
     @property
@@ -137,7 +137,7 @@ def _check(trials: Sequence[Trial]) -> None:
                 "what is chosen on the test problems cannot be judged on them",
                 'write evaluation.split = "validation"',
             )
-        check_judges(config.task)
+        judging.check(config)
         for split in ("train", trial.split, *([own.split] if config.eval_every else [])):
             splits[repr(config.task), split] = config.task
         if (folder / "config.toml").is_file():
