@@ -447,11 +447,42 @@ def test_a_checkpoint_is_evaluated_and_merged_as_the_run_was_then(shell: Shell, 
     assert Path("merged/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
     done = shell("train", *SMALL, "model=run/checkpoints/step-1", "out=next")
     assert done.code == 2
-    assert "merge it first" in done.err
+    assert "shoestring merge run/checkpoints/step-1 OUT" in done.err
     Path("run/checkpoints/step-1/weights.safetensors").write_bytes(b"torn")
     done = shell("eval", "run/checkpoints/step-1")
     assert done.code == 2
     assert "it cannot be read" in done.err
+
+
+def test_a_checkpoint_is_known_by_any_path_and_nothing_else_is(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(TINY, "base")
+    shell.fine("train", "--quiet", *SMALL, "model=base", "save_every=1")
+    few = ["--num", "2", "--max-new-tokens", "8", "--json"]
+    expected = json.loads(shell.fine("eval", "run/checkpoints/step-1", *few))
+    Path("link").symlink_to("run/checkpoints/step-1")
+    assert shell("eval", "run/checkpoints/step-9").err.count("there is no such folder") == 1
+    paths = ["link", "run/checkpoints/step-2/../step-1", "run/checkpoints/step-1/"]
+    found = [json.loads(shell.fine("eval", path, *few)) for path in paths]
+    for folder, path in (("run/checkpoints", "step-1"), ("step-1", "."), ("../..", "checkpoints/step-1")):
+        monkeypatch.chdir(folder)  # where "base" is not to be found: what PEFT noted says where it lies
+        found.append(json.loads(shell.fine("eval", path, *few)))
+    assert all({**one, "model": ""} == {**expected, "model": ""} for one in found)
+    told = shell("eval", "checkpoints/step-9")
+    assert told.code == 2
+    assert "there is no such folder" in told.err
+    Path("best").mkdir()
+    shutil.copytree(TINY, "best/mine")
+    assert "add --task" in shell("eval", "best/mine").err
+
+
+def test_a_run_is_evaluated_whatever_else_its_config_says(shell: Shell) -> None:
+    """Its algorithm may be somebody's own, which is not here, and its settings those of another version."""
+    shell.fine("train", "--quiet", *SMALL)
+    own = Path("run/config.toml")
+    own.write_text("another = 1\n" + own.read_text().replace('"s-grpo"', '"elsewhere:Mine"'))
+    found = json.loads(shell.fine("eval", "run", "--num", "2", "--max-new-tokens", "8", "--json"))
+    assert found["problems"] == 2
+    shell.fine("sample", "run", "--num", "1", "--max-new-tokens", "8")
 
 
 def types(folder: str) -> set[torch.dtype]:
@@ -462,6 +493,16 @@ def test_merge_writes_the_type_that_the_run_asked_for(shell: Shell) -> None:
     shell.fine("train", "--quiet", *SMALL, "model.dtype=bf16")
     shell.fine("merge", "run", "merged")
     assert types("merged") == {torch.bfloat16}
+
+
+def test_merge_of_whole_weights_keeps_the_type_they_were_trained_in(shell: Shell) -> None:
+    """BUG: that of the base was taken, bf16, in which most of a small rate's steps are lost."""
+    shutil.copytree(TINY, "base")
+    AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).save_pretrained("base")
+    shell.fine("train", "--quiet", *SMALL, "model=./base", "adapter.name=none", "optim.lr=1e-5", "save_every=2")
+    shell.fine("merge", "run/checkpoints/step-2", "merged")
+    assert types("merged") == types("run/model") == {torch.float32}
+    assert Path("merged/model.safetensors").read_bytes() == Path("run/model/model.safetensors").read_bytes()
 
 
 def test_merge_keeps_the_type_of_a_base_that_lies_there_in_bf16(shell: Shell) -> None:

@@ -91,7 +91,7 @@ def test_a_folder_with_a_config_is_a_model_wherever_it_lies(tmp_path: Path) -> N
     for name in ("org/mine", "./org/mine", str(tmp_path / "org" / "mine")):
         found = locate(name)
         assert Path(found.path).resolve() == tmp_path / "org" / "mine"
-        assert found[1:] == (None, None)
+        assert found[1:] == (None, None, None)
 
 
 def test_a_home_folder_may_be_written_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,7 +271,7 @@ def test_one_that_failed_goes_on_and_ends_as_it_would_have(
 def test_one_that_was_killed_goes_on_from_its_newest_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill saves nothing more, and may tear the last line of the log."""
     warmed("straight", save_every=2)
-    monkeypatch.setattr(supervised, "_saved_at", lambda *_: nullcontext())
+    monkeypatch.setattr(supervised.checkpoint, "saved_at", lambda *_: nullcontext())
     stopped_at(monkeypatch, 7, RuntimeError("killed"), save_every=2)
     assert [path.name for path in Path("warm/checkpoints").iterdir()] == ["step-6"]
     with Path("warm/metrics.jsonl").open("a") as log:
@@ -305,12 +305,66 @@ def test_one_that_fails_before_any_step_leaves_nothing(monkeypatch: pytest.Monke
     assert not Path("warm").exists()
 
 
+def test_one_that_fails_as_it_goes_on_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BUG: killed before its first checkpoint and failing in its first step then, it took its folder with it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised.checkpoint, "saved_at", lambda *_: nullcontext())
+        stopped_at(patch, 3, RuntimeError("killed"))
+    Path("warm/notes.txt").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised, "_backward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sft(resume="warm")
+    assert Path("warm/notes.txt").read_text() == "mine"
+    sft(resume="warm")
+    warmed("straight")
+    a, b = weights("warm"), weights("straight")
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_a_disk_that_is_full_does_not_hide_what_went_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(supervised.checkpoint, "save", full)
+    stopped_at(monkeypatch, 5, RuntimeError("out of something"))
+    assert "5 steps are done and cannot be saved: No space left on device" in capsys.readouterr().out
+
+
+def test_ctrl_c_in_the_last_step_is_taken_up_once_the_model_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = supervised._update
+
+    def interrupted(*arguments: Any) -> Any:
+        if len(Path("warm/metrics.jsonl").read_text().splitlines()) == 11:
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(supervised, "_update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        warmed()
+    assert len(metrics()) == 12
+    assert Path("warm/model/model.safetensors").is_file()
+
+
 def test_what_cannot_go_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"it holds no config\.toml"):
         sft(resume="nowhere")
     stopped_at(monkeypatch, 5, RuntimeError("out of something"))
     with pytest.raises(ConfigError, match="changes epochs"):
         sft({"epochs": 7}, resume="warm")
+    with pytest.raises(ConfigError, match="changes save_dtype"):
+        sft({"save_dtype": "bf16"}, resume="warm")
+    Path("run").mkdir()
+    Path("run/config.toml").write_text(configs.dump(configs.settle({})))
+    with pytest.raises(ConfigError, match="it is a run; write train --resume"):
+        sft(resume="run")
+    log = Path("warm/metrics.jsonl").read_text()
+    Path("warm/metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match="its log has 0"):
+        sft(resume="warm")
+    Path("warm/metrics.jsonl").write_text(log)
     with pytest.raises(ConfigError, match="go on with a warm start by --resume"):
         warmed()
     sft(resume="warm")

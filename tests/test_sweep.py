@@ -189,9 +189,10 @@ def test_runs_without_answers_are_compared_by_their_rewards(shell: Shell, starte
     assert len(each) == 10
     assert sum(each.values()) / 10 == pytest.approx(row["reward"])
     assert f"{row['reward']:.3f}" in shell.fine("eval", row["run"])
-    told = shell("eval", row["run"], "--k", "1,4")
-    assert told.code == 2
-    assert "rewards judge one greedy completion" in told.err
+    for asked in (["--k", "1,4"], ["--temperature", "0.9"]):
+        told = shell("eval", row["run"], *asked)
+        assert told.code == 2
+        assert "rewards judge one greedy completion" in told.err
     by_answers = json.loads(shell.fine("eval", row["run"], "--task", "multiplication", "--num", "5", "--json"))
     assert "accuracy" in by_answers
 

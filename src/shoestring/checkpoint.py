@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +79,28 @@ def save(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.
     return target
 
 
+@contextmanager
+def saved_at(
+    errors: type[BaseException],
+    state: State,
+    save: Callable[[], object],
+    tell: Callable[[str], object],
+    to_go_on: str,
+    unless: type[BaseException] | tuple[()] = (),
+) -> Iterator[None]:
+    """Where it fails so, but not `unless` so, the steps that are done are saved first, and it is told how to go on."""
+    try:
+        yield
+    except errors as error:
+        if state.step and not isinstance(error, unless):
+            try:
+                save()
+                tell(f"{state.step} steps are saved; to go on: {to_go_on}")
+            except Exception as failed:  # it must not hide the first one
+                tell(f"{state.step} steps are done and cannot be saved: {failed}")
+        raise
+
+
 def prune(folder: Path, limit: int) -> None:
     """Deletes all checkpoints but the newest `limit`, and the best weights that none of these refers to."""
     checkpoints = _by_step(folder / "checkpoints")
@@ -116,6 +138,12 @@ def restore(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch
     _fill(parameters, weights, path)
     _fill(moments(parameters, optimizer), own, path)
     return state
+
+
+def weights_dtype(path: Path) -> torch.dtype:
+    """The type of a checkpoint's weights."""
+    with _read_from(path):
+        return next(iter(load_file(path / "weights.safetensors").values())).dtype
 
 
 def restore_weights(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -17,6 +17,7 @@ from shoestring.errors import ConfigError, NonFiniteError, ShoestringError
 if TYPE_CHECKING:
     from shoestring.config import RunConfig
     from shoestring.evaluation import EvalSettings
+    from shoestring.judging import Judge
     from shoestring.models import ModelSettings
     from shoestring.plan import Plan
     from shoestring.policy import Policy
@@ -112,7 +113,7 @@ def evaluate(
     allow_truncated_prompts: Annotated[bool, typer.Option("--allow-truncated-prompts")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     details: Annotated[
-        str | None, typer.Option(help="Write how often each problem was solved to this JSON file.")
+        str | None, typer.Option(help="Write how often each problem was solved, or its reward, to this JSON file.")
     ] = None,
 ) -> None:
     """Accuracy, pass@k and maj@k of a run or model, with 95 % intervals.
@@ -132,11 +133,12 @@ def evaluate(
     settings.check()
     if details and not Path(details).absolute().parent.is_dir():
         raise ConfigError(f"--details is {details}", "its folder is not there", "give a file in a folder that is")
-    chosen, model, tokens, truncated, trained_on, judge = _target(target, task, overrides)
+    chosen, model, tokens, truncated, trained_on, saved = _target(target, task, overrides)
     settings = replace(settings, allow_truncated_prompts=allow_truncated_prompts or truncated)
     if max_new_tokens is None and tokens is not None:
         settings = replace(settings, max_new_tokens=tokens)
-    judging.check(judge, settings)
+    judge = judging.Judge.of_run(saved, chosen) if task is None else judging.Judge(chosen)
+    judge.check(settings)
     problems = first_problems(chosen, split, num)  # a wrong split or missing data is reported before the model loads
     shared = overlap(problems, trained_on)
     found = _evaluated(_policy(model), judge, settings, show=not as_json)
@@ -346,13 +348,13 @@ class _Asked(NamedTuple):
     max_new_tokens: int | None
     allow_truncated_prompts: bool
     trained_on: Task
-    judge: RunConfig
+    saved: dict[str, Any]
 
 
 def _target(target: str | None, task: str | None, overrides: list[str]) -> _Asked:
     """The task, the model and the limit on new tokens that a run's folder or a model name stand for, the task whose
-    training problems it has seen (for a model that is no run of ours: the task itself), and a config that judges as
-    the run does: another task is judged by its answers."""
+    training problems it has seen (for a model that is no run of ours: the task itself), and what the run's config.toml
+    holds."""
     from shoestring import config as configs
     from shoestring import models, runs
     from shoestring.settings import build, pick
@@ -378,11 +380,7 @@ def _target(target: str | None, task: str | None, overrides: list[str]) -> _Aske
     asked = pick(TASKS, "task", tables["task"])
     trained_on = pick(TASKS, "task", saved["task"]) if "task" in saved else asked
     tokens, truncated = saved.get("sampling", {}).get("max_new_tokens"), saved.get("allow_truncated_prompts", False)
-    if task is None and {"evaluation", "rewards"} <= saved.keys():
-        judge = configs.settle(saved).model_copy(update={"task": asked})
-    else:
-        judge = configs.settle({"task": tables["task"], "evaluation": {"by": "answers"}})
-    return _Asked(asked, model, tokens, truncated, trained_on, judge)
+    return _Asked(asked, model, tokens, truncated, trained_on, saved)
 
 
 def _policy(model: ModelSettings) -> Policy:
@@ -391,18 +389,17 @@ def _policy(model: ModelSettings) -> Policy:
     return load_policy(model)
 
 
-def _evaluated(policy: Policy, judge: RunConfig, settings: EvalSettings, *, show: bool) -> Any:
+def _evaluated(policy: Policy, judge: Judge, settings: EvalSettings, *, show: bool) -> Any:
     from rich.console import Console
     from rich.progress import Progress
 
-    from shoestring.judging import judged
     from shoestring.samplers import SAMPLERS
 
     engine = SAMPLERS["auto"]().open(policy)
     console = Console(stderr=True)
     with Progress(console=console, disable=not (show and console.is_terminal), transient=True) as bar:
         job = bar.add_task("evaluating")
-        return judged(policy, engine, judge, settings, lambda done, total: bar.update(job, completed=done, total=total))
+        return judge.judged(policy, engine, settings, lambda done, total: bar.update(job, completed=done, total=total))
 
 
 def _print_plan(config: RunConfig, plan: Plan) -> None:
@@ -468,6 +465,8 @@ def _print_evaluation(values: dict[str, Any]) -> None:
         for key, value in values[f"{name}_at_k"].items() if samples > 1 else ():
             low, high = values[f"{name}_at_k_interval"][key]
             table.add_row(f"{name}@{key}", f"{value:.1%}", f"{low:.1%} to {high:.1%}")
+    if values.get("unscored"):
+        table.add_row("not scored", f"{values['unscored']} more", "")
     table.add_row("cut off", f"{values['truncated']:.1%}", "")
     Console(soft_wrap=False).print(table)
 

@@ -178,8 +178,10 @@ class RewardEvaluation:
     truncated: float
     """Share of completions that were cut off."""
     tokens: int
+    unscored: int
+    """The others."""
     outcomes: dict[str, float]
-    """The reward of each of them, by problem id."""
+    """The reward of each that was scored, by problem id."""
     timed_out: tuple[str, ...] = ()
     """The problems whose completion was not scored in time; `rewards.on_timeout` says what they count."""
 
@@ -209,7 +211,7 @@ def evaluate_by_rewards(
             f"none of the {len(problems)} problems of the evaluation got a reward ({len(found.timed_out)} not in time, "
             "the others None)",
             "there is nothing to take a mean of",
-            "let a function score them, or evaluate nothing (eval_every = 0)",
+            "let a function score them; a run can do without evaluations (eval_every = 0)",
         )
     values = [value for _, value in pairs]
     low, high = bootstrap(values)
@@ -223,6 +225,7 @@ def evaluate_by_rewards(
         high=high,
         truncated=sum(c.stop == "length" for c in completions) / len(completions),
         tokens=sum(len(c.token_ids) for c in completions),
+        unscored=len(problems) - len(pairs),
         outcomes=dict(pairs),
         timed_out=tuple(found.timed_out),
     )
@@ -235,8 +238,8 @@ def check_judges(task: Task) -> None:
         raise ConfigError(
             f'task.check of {judge.name} is "none", and evaluations judge by it',
             "with nothing to compare answers with, every completion would count as wrong",
-            'name the column of right answers "answer" and write task.check = "math" or "text"; during a run the '
-            'rewards can judge, with evaluation.by = "rewards"',
+            'name the column of right answers "answer" and write task.check = "math" or "text"; the rewards of '
+            'a run judge instead, with evaluation.by = "rewards"',
         )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from shoestring import pool, runs
-from shoestring.config import RunConfig
+from shoestring.config import RewardSettings, RunConfig, settle
 from shoestring.errors import ConfigError
 from shoestring.evaluation import (
     EvalSettings,
@@ -20,42 +21,69 @@ from shoestring.policy import Policy
 from shoestring.rewards import Rewards, TrainerState, check_task
 from shoestring.rollout import rows
 from shoestring.samplers.base import Engine
+from shoestring.tasks.base import Task
 
 
-def check(config: RunConfig, settings: EvalSettings | None = None) -> None:
-    """Raises `ConfigError` for what cannot be judged in a process of its own."""
-    if config.evaluated_by == "answers":
-        check_judges(config.task)
-        return
-    if settings is not None and settings.num_samples > 1:
-        raise ConfigError(
-            f"k is {list(settings.ks)} with {settings.num_samples} completions of a problem",
-            "rewards judge one greedy completion of each",
-            "leave k and samples out, or name the task, as in --task svamp, to judge by its answers",
+@dataclass(frozen=True)
+class Judge:
+    """A task's answers, or the rewards named (None: the answers). To these it is the last of `steps` steps, whatever
+    is judged, so that before and after compare."""
+
+    task: Task
+    rewards: RewardSettings | None = None
+    steps: int = 0
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Judge:
+        return cls(config.task, config.rewards if config.evaluated_by == "rewards" else None, config.steps)
+
+    @classmethod
+    def of_run(cls, saved: Mapping[str, Any], task: Task) -> Judge:
+        """That of what a run's config.toml holds, of which nothing else need be valid here; a model that is no run of
+        ours is judged by answers."""
+        needed = {key: saved[key] for key in ("steps", "eval_every", "evaluation", "rewards") if key in saved}
+        if not {"evaluation", "rewards"} <= needed.keys():
+            return cls(task)
+        return cls.of(settle(needed).model_copy(update={"task": task}))
+
+    @property
+    def figure(self) -> str:
+        """What the judgement's figure is called."""
+        return "accuracy" if self.rewards is None else "reward"
+
+    def check(self, settings: EvalSettings | None = None) -> None:
+        """Raises `ConfigError` for what cannot be judged in a process of its own."""
+        if self.rewards is None:
+            check_judges(self.task)
+            return
+        by_answers = "name the task, as in --task svamp, to judge by its answers"
+        if settings is not None and (settings.num_samples > 1 or settings.temperature):
+            raise ConfigError(
+                f"it is judged by its rewards, and k is {list(settings.ks)}, samples {settings.num_samples}, "
+                f"temperature {settings.settled_temperature:g}",
+                "rewards judge one greedy completion of each problem",
+                f"leave these out, or {by_answers}",
+            )
+        check_task(self.rewards.functions, self.task)
+        runs.refuse_python(
+            "it is judged by its rewards",
+            self.rewards,
+            f"train(..., eval_data=[...]) evaluates as it trains; or {by_answers}",
         )
-    check_task(config.rewards.functions, config.task)
-    runs.refuse_python("it is judged by its rewards", config, "train(..., eval_data=[...]) evaluates as it trains")
-    Rewards(config.rewards.functions, config.rewards.weights)
+        Rewards(self.rewards.functions, self.rewards.weights)
 
-
-def judged(
-    policy: Policy,
-    engine: Engine,
-    config: RunConfig,
-    settings: EvalSettings,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Evaluation | RewardEvaluation:
-    """What the config's task, or its rewards, make of what the policy writes to the problems that `settings` names."""
-    if config.evaluated_by == "answers":
-        return evaluate(policy, engine, config.task, settings, progress)
-    rewards = Rewards(config.rewards.functions, config.rewards.weights)
-    with pool.opened(rewards, config.task, config.rewards) as scoring:
-        state = TrainerState(max_steps=config.steps)
-        return evaluate_by_rewards(
-            policy, engine, config.task, settings, lambda found: scoring.score(rows(found), state), progress
-        )
-
-
-def figure(config: RunConfig) -> Literal["accuracy", "reward"]:
-    """What the judgement's figure is called."""
-    return "accuracy" if config.evaluated_by == "answers" else "reward"
+    def judged(
+        self,
+        policy: Policy,
+        engine: Engine,
+        settings: EvalSettings,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Evaluation | RewardEvaluation:
+        """What comes of what the policy writes to the problems that `settings` names."""
+        if self.rewards is None:
+            return evaluate(policy, engine, self.task, settings, progress)
+        state = TrainerState(global_step=self.steps, max_steps=self.steps)
+        with pool.opened(Rewards(self.rewards.functions, self.rewards.weights), self.task, self.rewards) as scoring:
+            return evaluate_by_rewards(
+                policy, engine, self.task, settings, lambda found: scoring.score(rows(found), state), progress
+            )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -38,7 +39,7 @@ from shoestring.rounds import Round, Sampled, joined, wanted
 from shoestring.samplers.base import Engine
 from shoestring.signals import held_back
 from shoestring.summary import Done, step_report, warnings
-from shoestring.tasks.base import has_answers, parts, stable_hash
+from shoestring.tasks.base import stable_hash
 from shoestring.types import Group, Problem, Prompt, StepReport
 
 # A step whose gradient is not finite is skipped; so many in a row are no accident.
@@ -295,21 +296,10 @@ def _learn(session: Session, state: State, sampled: Sampled, clock: Clock) -> No
         budgets.compare(session, clock)
 
 
-@contextmanager
-def _saved_at(session: Session, state: State, errors: type[BaseException]) -> Iterator[None]:
+def _saved_at(session: Session, state: State, errors: type[BaseException]) -> AbstractContextManager[None]:
     """Where it fails so, the steps that are done are saved first."""
-    try:
-        yield
-    except errors as error:
-        if state.step and not isinstance(error, HalfAStep):
-            try:
-                session.save(state)
-                session.reporter.warn(
-                    f"{state.step} steps are saved; to go on: {_to_go_on(session.folder, session.config)}"
-                )
-            except Exception as failed:  # it must not hide the first one
-                session.reporter.warn(f"{state.step} steps are done and cannot be saved: {failed}")
-        raise
+    save, to_go_on = partial(session.save, state), _to_go_on(session.folder, session.config)
+    return checkpoint.saved_at(errors, state, save, session.reporter.warn, to_go_on, unless=HalfAStep)
 
 
 def _to_go_on(folder: Path, config: RunConfig) -> str:
@@ -498,7 +488,8 @@ def where_it_lies(run: Run) -> str:
     ]
     if run.reports:
         lines.append(f"report:   {command()} report {quoted(run.folder)}")
-    if has_answers(parts(run.config.task)[0]):
+    python = any(map(runs.is_python, run.config.rewards.functions))
+    if run.config.evaluated_by == "answers" or not python:
         lines.append(f"evaluate: {command()} eval {quoted(run.folder)}{runs.split_hint(run.config)}")
     if len(run.reports) < run.config.steps:
         lines.append(f"go on:    {_to_go_on(run.folder, run.config)}")

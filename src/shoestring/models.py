@@ -24,6 +24,9 @@ TINY = "tiny"
 LOCAL_OR_HUB = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
+_OF_A_RUN = ("checkpoints", "best")  # the folders of a run in which weights lie, as step-N
+
+
 class ModelSettings(Settings):
     """`model`: a string is short for a table with that `name`."""
 
@@ -70,7 +73,8 @@ def locate(name: str) -> Source:
         return Source(str(path.parent), path.name)
     if path.is_dir():
         return _locate_folder(path, name)
-    if path.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or not name:
+    local = name.startswith(("/", "./", "../", "~", *(f"{folder}/" for folder in _OF_A_RUN)))
+    if path.exists() or local or name.count("/") > 1 or not name:
         why = "this file is not a GGUF file" if path.is_file() else "there is no such folder"
         raise ConfigError(f'model is "{name}"', why, "give a hub id, a model folder, a .gguf file or a run folder")
     return Source(name)
@@ -85,7 +89,7 @@ def _locate_folder(path: Path, name: str) -> Source:
         if (adapter / "adapter_config.json").is_file():
             return locate(_base_name(path, adapter))._replace(adapter=adapter)
     if (path / "weights.safetensors").is_file() and (run := run_of(path)) != path:
-        return locate(_named_in(run))._replace(checkpoint=path)
+        return locate(_base_name(run, run / "adapter"))._replace(checkpoint=path)
     if (path / "checkpoints").is_dir():
         why = "that run has not come to its end, which writes its model"
         raise ConfigError(
@@ -100,9 +104,10 @@ def _locate_folder(path: Path, name: str) -> Source:
 
 def run_of(path: Path) -> Path:
     """The folder of the run that a checkpoint, or the weights that did best, lie in; any other path as it is."""
-    above = path.absolute().parents
-    inside = len(above) > 1 and above[0].name in ("checkpoints", "best") and (above[1] / "config.toml").is_file()
-    return path.parent.parent if inside else path
+    place = path.expanduser().resolve()
+    run = place.parent.parent
+    inside = place.parent.name in _OF_A_RUN and place.name.startswith("step-") and place.name[5:].isdigit()
+    return run if inside and (run / "config.toml").is_file() else path
 
 
 def _named_in(run: Path) -> str:
@@ -116,7 +121,7 @@ def _base_name(run: Path, adapter: Path) -> str:
     config's path that leads nowhere from here."""
     try:
         noted = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
         noted = None
     if (run / "config.toml").is_file():
         name = _named_in(run)

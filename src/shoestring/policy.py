@@ -328,16 +328,17 @@ def load_policy(
     Without `adapter` nothing is trained: a run's own comes frozen (it is there to be evaluated). To train on top of a
     run, merge it first. `keep_reference` keeps a copy of the weights, if it is they that are trained.
     """
+    source = models.locate(settings.name)
+    if adapter is not None and (source.adapter or source.checkpoint):
+        raise ConfigError(
+            f'model is "{settings.name}"',
+            "it is what a run has trained, and a new one needs a whole model to start from",
+            f"make it one: shoestring merge {settings.name} OUT",
+        )
     base, tokenizer, source = models.load(settings, models.pick_device(device))
     base.requires_grad_(False)
     adapted: nn.Module | None = None
     first: PreTrainedModel | None = None
-    if adapter is not None and (source.adapter or source.checkpoint):
-        raise ConfigError(
-            f'model is "{settings.name}"',
-            "it is a run with an adapter of its own, which would stay frozen beneath what is trained now",
-            f"merge it first: shoestring merge {settings.name} OUT",
-        )
     if source.checkpoint is not None:
         adapted = _as_of(source.checkpoint, base)
     elif source.adapter is not None:

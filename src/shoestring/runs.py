@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from shoestring import config as configs
 from shoestring import models
-from shoestring.config import RunConfig
+from shoestring.config import RewardSettings, RunConfig
 from shoestring.errors import ConfigError, DataError
 from shoestring.models import ModelSettings
 from shoestring.settings import Settings, build
@@ -19,7 +20,7 @@ from shoestring.tasks.file import File
 
 # What a resumed run may change: how long it is and how it is carried out, not what it computes.
 _CARRIED_OUT = ("rewards.workers", "rewards.timeout", "rewards.on_timeout")
-_MAY_CHANGE = ("steps", "save_", "memory", "execution.", "tracking.", *_CARRIED_OUT)
+_MAY_CHANGE = ("steps", "save_every", "save_total_limit", "memory", "execution.", "tracking.", *_CARRIED_OUT)
 
 _PYTHON = "python:"  # stands before the name of a reward that was handed over as a function
 
@@ -63,7 +64,7 @@ def open_run(
     else:
         settled = config if isinstance(config, RunConfig) else configs.settle(_values(config))
         if not rewards:
-            refuse_python("the config is that of a run from Python", settled, "train(..., rewards=[...])")
+            refuse_python("the config is that of a run from Python", settled.rewards, "train(..., rewards=[...])")
         folder = _new_folder(settled.out, settled.task.name, settled.algorithm.name)
         settled = settled.model_copy(update={"out": str(folder)})
     settled = _with_rewards(settled, rewards)
@@ -98,12 +99,12 @@ def _check_rewards_are_back(folder: Path, config: RunConfig, rewards: Sequence[A
             "resume with the same rewards, or start a new run",
         )
     if not rewards:
-        refuse_python(f"the run to resume is {folder}", config, "train(resume=..., rewards=[...])")
+        refuse_python(f"the run to resume is {folder}", config.rewards, "train(resume=..., rewards=[...])")
 
 
-def refuse_python(given: str, config: RunConfig, call: str) -> None:
+def refuse_python(given: str, rewards: RewardSettings, call: str) -> None:
     """Raises `ConfigError` if rewards were handed over as functions, which nothing but that call can do again."""
-    missing = [name.removeprefix(_PYTHON) for name in config.rewards.functions if is_python(name)]
+    missing = [name.removeprefix(_PYTHON) for name in rewards.functions if is_python(name)]
     if missing:
         raise ConfigError(
             given,
@@ -114,9 +115,10 @@ def refuse_python(given: str, config: RunConfig, call: str) -> None:
 
 def discard_unused(folder: Path) -> None:
     """Removes a new run's folder if no step has come into it."""
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir() if path.name != "metrics.jsonl" or path.stat().st_size}
     if names <= {"config.toml", "data", "tracking-name", "wandb", "tensorboard"}:
-        shutil.rmtree(folder)
+        with suppress(OSError):  # of a link, or of where the process is
+            shutil.rmtree(folder)
 
 
 def _values(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
@@ -271,7 +273,7 @@ def model_settings(name: str) -> ModelSettings:
     return build(ModelSettings, {**own, "name": name}, "model")
 
 
-def write_config(folder: Path, config: RunConfig) -> None:
+def write_config(folder: Path, config: Settings) -> None:
     draft = folder / ".draft-config.toml"
     draft.write_text(configs.dump(config), encoding="utf-8")
     os.replace(draft, folder / "config.toml")

@@ -7,8 +7,8 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -19,7 +19,6 @@ from pydantic import BeforeValidator, Field
 from rich.console import Console
 
 from shoestring import checkpoint, models, report, runs
-from shoestring import config as configs
 from shoestring.adapters import ADAPTERS
 from shoestring.batch import Row, cut_rows, pad_rows
 from shoestring.checkpoint import Pieces
@@ -97,17 +96,32 @@ def sft(config: SftConfig | Mapping[str, Any] | None = None, *, resume: str | Pa
         + (f", {unsolved:,} without a worked solution too" if unsolved else "")
     )
     with locked(folder), held_back("Stopping once this step is done and saved") as stopped:
-        (folder / "config.toml").write_text(configs.dump(config), encoding="utf-8")
-        losses = _train(policy, config, rows, folder, console, stopped)
-    console.print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}\nmodel:    {folder / 'model'}")
+        runs.write_config(folder, config)
+        try:
+            losses = _train(policy, config, rows, folder, console, stopped)
+        except BaseException:
+            if resume is None:
+                runs.discard_unused(folder)
+            raise
+    console.print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}\nmodel:    {folder / 'model'}", highlight=False)
+    if stopped:
+        raise _taken_up(stopped[0])
     where, task = quoted(folder / "model"), quoted(config.task.name)
     console.print(f"evaluate: {command()} eval {where} --task {task}", soft_wrap=True)
     return folder / "model"
 
 
+def _taken_up(number: int) -> BaseException:
+    """What a signal that was held back comes to."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+
+
 def resumed(folder: Path, config: SftConfig | Mapping[str, Any] | None = None) -> SftConfig:
     """The config with which a warm start goes on: its own, with what may change changed."""
-    old = build(SftConfig, runs.to_resume(folder), "")
+    values = runs.to_resume(folder)
+    if "algorithm" in values:
+        raise ConfigError(f"the warm start to resume is {folder}", "it is a run", "write train --resume")
+    old = build(SftConfig, values, "")
     if (folder / "model").exists():
         raise ConfigError(f"the warm start to resume is {folder}", "it is done", f"use its model: {folder / 'model'}")
     asked = config if isinstance(config, SftConfig) else build(SftConfig, runs.over(old, config or {}), "")
@@ -169,16 +183,24 @@ def _train(
     done = list(report.read_lines(folder / "metrics.jsonl"))
     losses, started = [line["loss"] for line in done], time.perf_counter() - (done[-1]["seconds"] if done else 0)
     steps = max(round(config.epochs * math.ceil(len(rows) / config.batch_size)), 1)
+    if state.step > steps or len(losses) != state.step:
+        raise ConfigError(
+            f"the warm start to resume is {folder}",
+            f"its checkpoint has done {state.step} steps, its log has {len(losses)}, and its examples make {steps}",
+            "bring its files and those of its task back as they were, or start anew",
+        )
 
     def save() -> None:
         checkpoint.save(folder, policy.trained(), optimizer, state)
         checkpoint.prune(folder, 1)
 
+    to_go_on = f"{command()} sft --resume {quoted(folder)}"
+    saved = partial(checkpoint.saved_at, BaseException, state, save, console.print, to_go_on)
     with (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1) as metrics:
         for batch in islice(_batches(rows, config), state.step, steps):
-            with _saved_at(state, save, folder, console):  # what fails in here leaves the weights as they are
+            with saved():  # what fails in here leaves the weights as they are
                 if stopped:
-                    raise KeyboardInterrupt if stopped[0] == signal.SIGINT else SystemExit(128 + stopped[0])
+                    raise _taken_up(stopped[0])
                 loss = _backward(policy, config, batch)
             lr = learning_rate(state.step, steps, config.optim)
             norm, applied = _update(policy, optimizer, config, loss, lr)
@@ -193,7 +215,7 @@ def _train(
             state.step += 1
             if config.save_every and state.step % config.save_every == 0:
                 save()
-    with _saved_at(state, save, folder, console):
+    with saved():
         _save(policy, config, folder / "model")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return losses
@@ -205,21 +227,6 @@ def _batches(rows: list[Row], config: SftConfig) -> Iterator[list[Row]]:
     while True:
         order = random.sample(rows, len(rows))
         yield from (order[start : start + size] for start in range(0, len(order), size))
-
-
-@contextmanager
-def _saved_at(state: checkpoint.State, save: Callable[[], None], folder: Path, console: Console) -> Iterator[None]:
-    """Where it ends early, the steps that are done are saved first; without any, the folder goes."""
-    try:
-        yield
-    except BaseException:
-        if state.step:
-            save()
-            going_on = f"{command()} sft --resume {quoted(folder)}"
-            console.print(f"{state.step} steps are saved; to go on: {going_on}", highlight=False)
-        else:
-            shutil.rmtree(folder)
-        raise
 
 
 def _update(
@@ -281,10 +288,13 @@ def merge(name: str, out: str) -> Path:
             "all its weights were trained, so there is nothing to add",
             f"use {name}/model as it is",
         )
-    if policy.adapted is None and models.locate(name).checkpoint is None:
+    whole = models.locate(name).checkpoint if policy.adapted is None else None
+    if policy.adapted is None and whole is None:
         raise ConfigError(f'the run is "{name}"', "it has no adapter to merge", "give the folder of a finished run")
     stored = models.stored_dtype(name) if saved.dtype in ("auto", "nf4") else None
     dtype = stored or models.torch_dtype(saved.dtype, torch.device("cpu"))
-    merged: Any = policy.adapted.merge_and_unload() if policy.adapted else policy.base  # type: ignore[operator]
+    if whole is not None:
+        dtype = checkpoint.weights_dtype(whole)
+    merged: Any = policy.base if whole else policy.adapted.merge_and_unload()  # type: ignore[operator,union-attr]
     runs.replace_folder(target, lambda draft: save_model(merged.to(dtype=dtype), policy, draft))
     return target

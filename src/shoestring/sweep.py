@@ -22,7 +22,7 @@ from shoestring import checkpoint, models, report, runs
 from shoestring import config as configs
 from shoestring.environment import device_name, versions
 from shoestring.evaluation import EvalSettings, first_problems, t_interval
-from shoestring.judging import figure, judged
+from shoestring.judging import Judge
 from shoestring.overlap import overlap
 from shoestring.signals import held_back
 from shoestring.trials import Trial, all_but_out
@@ -122,7 +122,7 @@ def _evaluate(trial: Trial, model: models.ModelSettings, path: Path, wave_tokens
         max_new_tokens=config.sampling.max_new_tokens,
         allow_truncated_prompts=config.allow_truncated_prompts,
     )
-    found = judged(policy, SAMPLERS["auto"]().open(policy, wave_tokens), config, settings)
+    found = Judge.of(config).judged(policy, SAMPLERS["auto"]().open(policy, wave_tokens), settings)
     shared = overlap(first_problems(config.task, trial.split, trial.num), config.task)
     values = {**found.as_json(), "device": device_name(), "outcomes": found.outcomes}
     values["overlap"] = vars(shared) if shared else None
@@ -134,13 +134,14 @@ def _evaluate(trial: Trial, model: models.ModelSettings, path: Path, wave_tokens
 def row(trial: Trial) -> dict[str, Any]:
     """The figures of a run that is done. Tokens, seconds and memory are those of all its steps."""
     before, after = (json.loads(path.read_text(encoding="utf-8")) for path in (trial.base, trial.result))
-    steps, own, name = report.read_metrics(trial.folder), trial.config.evaluation, figure(trial.config)
+    steps, own, name = report.read_metrics(trial.folder), trial.config.evaluation, Judge.of(trial.config).figure
     return {
         "method": trial.config.algorithm.name,
         **trial.swept,
         "seed": trial.config.seed,
         **{key: after[key] for key in (name, "low", "high")},
         f"base_{name}": before[name],
+        **({"unscored": after["unscored"]} if name == "reward" else {}),
         **{key: after[key] for key in ("task", "split", "problems", "overlap", "device")},
         "steps": len(steps),
         "chosen_on": own.split if trial.config.eval_every and own.keep == "best" else None,

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoestring import checkpoint, judging, models, runs
+from shoestring import checkpoint, models, runs
 from shoestring import config as configs
 from shoestring.config import RunConfig
 from shoestring.errors import ConfigError
+from shoestring.judging import Judge
 from shoestring.tasks.base import stable_hash
 
 
@@ -52,7 +53,9 @@ class Trial:
         """The evaluation of what it started from; trials share it."""
         config = self.config
         same: tuple[Any, ...] = (config.model, config.task, config.sampling.max_new_tokens)
-        same += (config.allow_truncated_prompts, *([config.rewards] if config.evaluated_by == "rewards" else []))
+        same += (config.allow_truncated_prompts,)
+        if config.evaluated_by == "rewards":
+            same += (config.rewards.functions, config.rewards.weights, config.steps)
         return self.folder.parent / f"base-{stable_hash(*same, self.split, self.num):016x}.json"
 
     @property
@@ -137,7 +140,7 @@ def _check(trials: Sequence[Trial]) -> None:
                 "what is chosen on the test problems cannot be judged on them",
                 'write evaluation.split = "validation"',
             )
-        judging.check(config)
+        Judge.of(config).check()
         for split in ("train", trial.split, *([own.split] if config.eval_every else [])):
             splits[repr(config.task), split] = config.task
         if (folder / "config.toml").is_file():
