@@ -27,18 +27,18 @@ case $name in
   multiply-2x2-smollm2) sft=(recipes/multiply-smollm2-sft.toml) settings=('task.digits=[2,2]') others=(1,3 2,3 3,3) ;;&
   multiply-3x3-smollm2)
     sft=(recipes/multiply-smollm2-sft.toml num=6400) settings=('task.digits=[3,3]') others=(2,2 2,3 3,2) ;;&
-  multiply-*-smollm2)
-    recipe=multiply-smollm2 judged=(--task multiplication --max-new-tokens 128 --k 1,4,16,64) elsewhere=()
-    for digits in "${others[@]}"; do
-      elsewhere+=("${digits/,/x} --task multiplication --max-new-tokens 128 task.digits=[$digits]")
-    done ;;
-  multiply-embedded-hard) digits=[3,2] tokens=80 taught=6400 longer_methods=(grpo s-grpo t-spmo) ;;&
-  multiply-embedded-harder) digits=[3,3] tokens=128 taught=12800 ;;&
+  multiply-*-smollm2) recipe=multiply-smollm2 tokens=128 ;;&
+  multiply-embedded-hard) digits=[3,2] tokens=80 taught=6400 longer_methods=(grpo s-grpo t-spmo) others=(2,2 2,3 3,3) ;;&
+  multiply-embedded-harder) digits=[3,3] tokens=128 taught=12800 others=(2,2 2,3 3,2) ;;&
   multiply-embedded-*)
     export OMP_NUM_THREADS=1
     recipe=multiply-embedded-hard sft=(recipes/multiply-embedded-hard-sft.toml num=$taught) settings=("task.digits=$digits")
-    trained=(sampling.max_new_tokens=$tokens)
-    judged=(--task multiplication --max-new-tokens "$tokens" --k 1,4,16) elsewhere=() ;;
+    trained=(sampling.max_new_tokens=$tokens) ;;&
+  multiply-*)
+    judged=(--task multiplication --max-new-tokens "$tokens" --k 1,4,16,64) elsewhere=()
+    for other in "${others[@]}"; do
+      elsewhere+=("${other/,/x} --task multiplication --max-new-tokens 128 task.digits=[$other]")
+    done ;;
   *) echo "no such name: $name" >&2 && exit 1 ;;
 esac
 
