@@ -59,4 +59,10 @@ def describe() -> dict[str, str]:
     import torch
 
     cuda = f"{torch.version.cuda}, {torch.cuda.device_count()} devices" if torch.cuda.is_available() else "none"
-    return {**versions(), "torch": torch.__version__, "system": platform.platform(), "device": device_name(), "cuda": cuda}
+    return {
+        **versions(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+        "device": device_name(),
+        "cuda": cuda,
+    }
