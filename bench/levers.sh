@@ -13,8 +13,9 @@ lever() {
   begun+=($!)
 }
 carried_out() {
-  local out=runs/levers/$1
-  python3 -m shoestring sweep "recipes/$2.toml" model=runs/svamp-smollm2-sft/model "${@:3}" --seeds 0 \
+  local out=runs/levers/$1 plain=(sampling.dynamic_sampling=0)
+  case $2 in *-t-spmo) plain+=(algorithm.u_count=all) ;; esac
+  python3 -m shoestring sweep "recipes/$2.toml" model=runs/svamp-smollm2-sft/model "${plain[@]}" "${@:3}" --seeds 0 \
     --split validation --out "$out" > "$out.txt" 2>&1
   [ -e "$out/train.json" ] || python3 -m shoestring eval "$out/seed-0" --split train --num 300 --json > "$out/train.draft"
   [ -e "$out/train.json" ] || mv "$out/train.draft" "$out/train.json"

@@ -63,11 +63,14 @@ def demo_compare() -> str:
     return table(["algorithm", "before", "after", "tokens sampled", "tokens trained", "seconds"], rows) + note
 
 
+_MORE = {"plain": "not refilled", "longer": "longer"}
+
+
 def tuned(name: str) -> str:
     """Of bench/tuned.sh: three rates of each method, then seeds at the best of them."""
     found, tuning = result(name), result(f"{name}-lr")
     base = found["rows"][0]
-    beside = [kind for kind in ("refilled", "longer") if (RESULTS / f"{name}-{kind}.json").is_file()]
+    beside = [kind for kind in _MORE if (RESULTS / f"{name}-{kind}.json").is_file()]
     more = [(kind, r) for kind in beside for r in result(f"{name}-{kind}")["rows"]]
     of_all = [*found["rows"], *(r for _, r in more)]
     befores = {r["base_accuracy"]: f"{r['base_low']:.1%} to {r['base_high']:.1%}" for r in of_all}
@@ -81,7 +84,7 @@ def tuned(name: str) -> str:
     kinds = {f"`{r['method']}`": r["method"] for r in found["rows"]}
     runs_of = {label: [r for r in found["rows"] if r["method"] == method] for label, method in kinds.items()}
     for kind, r in more:
-        size = "refilled" if kind == "refilled" else _size(r)
+        size = _MORE[kind] if kind == "plain" else _size(r)
         on = "" if r["task"] == base["task"] else f", {r['task']}"
         runs_of.setdefault(f"`{r['method']}`, {size}{on}", []).append(r)
     for label, runs in runs_of.items():
@@ -105,7 +108,7 @@ def tuned(name: str) -> str:
         if base["chosen_on"]
         else ""
     )
-    later = "".join(f"; {kind} {result(f'{name}-{kind}')['date']}" for kind in beside)
+    later = "".join(f"; {_MORE[kind]} {result(f'{name}-{kind}')['date']}" for kind in beside)
     note = (
         f"\nGreedy accuracy on {base['problems']} problems after {base['steps']} steps of {base['prompts']} prompts x "
         f"{base['completions']} completions{checkpoint}; the rate was chosen by {tuning['rows'][0]['problems']} "
@@ -117,7 +120,7 @@ def tuned(name: str) -> str:
 
 
 def svamp_short() -> str:
-    found = {"": result("svamp-smollm2"), ", refilled": result("svamp-smollm2-refilled")}
+    found = {"": result("svamp-smollm2"), ", not refilled": result("svamp-smollm2-plain")}
     runs_of: dict[str, list[dict[str, Any]]] = {}
     for how in found:
         for r in found[how]["rows"]:
@@ -129,7 +132,7 @@ def svamp_short() -> str:
         before = ", ".join(dict.fromkeys(f"{r['base_accuracy']:.1%}" for r in runs))
         rows.append([label, before, accuracy, each, cost[1], f"{peak:.2f}"])
     headings = ["algorithm", "after sft", "after RL (95 %)", "each seed", "tokens trained", "peak GiB"]
-    return table(headings, rows) + f"\n{where(found[''])}; refilled {found[', refilled']['date']}.\n"
+    return table(headings, rows) + f"\n{where(found[''])}; not refilled {found[', not refilled']['date']}.\n"
 
 
 def svamp_warmer() -> str:

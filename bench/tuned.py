@@ -6,7 +6,7 @@ python bench/tuned.py NAME seeds METHOD SEEDS       which of these it lacks at t
 python bench/tuned.py NAME best METHOD              the learning rate that did best
 python bench/tuned.py NAME runs METHOD              the folders of the final runs
 
-NAME-longer, NAME-refilled: its runs of more steps, or whose groups without signal are replaced.
+NAME-longer, NAME-plain: its runs of more steps, or whose groups without signal are not replaced.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sweeps import METHODS, ROOT, best_rate, read, row, write
 
 RUNS, RESULTS = ROOT / "runs", ROOT / "bench" / "results"
 RATES = (1e-4, 3e-4, 1e-3)
-MORE = ("longer", "refilled")
+MORE = ("longer", "plain")
 MORE_RATES = {"multiply-embedded-hard": (3e-3,)}
 PASSES = ("accuracy", "pass_at_k", "pass_at_k_interval", "samples", "truncated")
 GREEDY = ("accuracy", "low", "high", "problems")

@@ -6,24 +6,23 @@
 # multiply-embedded-harder (a CPU).
 # Stages in order: sft rates seeds passes elsewhere; default: all. Methods (METHODS, all three where nothing is said) run
 # beside each other, each with AT_ONCE runs or evaluations at a time, so a run's seconds are not those it takes alone.
-# Stages on request, at the same rate: longer, 300 steps with 32 completions of a prompt or more kinds of problems; refilled,
-# as before but that groups without signal are replaced (within four times the samples), and with |U| = branching in T-SPMO.
+# Stages on request, at the same rate: longer, 300 steps with 32 completions of a prompt or more kinds of problems; plain,
+# for svamp-smollm2, whose recipes replace groups without signal: as they were when their rates were chosen, without that.
 set -euo pipefail
 shoestring=(python3 -m shoestring)
 name=$1
-start=runs/$name-sft trained=()
+start=runs/$name-sft trained=() plain=()
 
 # The recipes' name, what the warm start and all else take, what training takes besides, how pass@k is judged, what else
 # greedily (a name and how), and what changes in longer runs, of which methods and seeds.
 longer=(steps=300 eval_every=50 sampling.num_completions=32) longer_methods=(grpo) longer_seeds=0
-refilled=(sampling.dynamic_sampling=4)
 case $name in
   svamp-smollm2)
     recipe=$name sft=(recipes/smollm2-sft.toml) settings=()
     judged=(--task svamp --max-new-tokens 96 --k 1,4,16,64) elsewhere=('gsm8k --task gsm8k --max-new-tokens 256')
     longer=(steps=300 eval_every=25 save_every=25)
     longer+=('task={name="mixture",of=[{name="svamp",validation=100},"word-problems"],num=[600,6000]}')
-    longer_methods=(grpo s-grpo t-spmo) longer_seeds=0,1,2 ;;
+    longer_methods=(grpo s-grpo t-spmo) longer_seeds=0,1,2 plain=(sampling.dynamic_sampling=0) ;;
   multiply-2x2-smollm2) sft=(recipes/multiply-smollm2-sft.toml) settings=('task.digits=[2,2]') others=(1,3 2,3 3,3) ;;&
   multiply-3x3-smollm2)
     sft=(recipes/multiply-smollm2-sft.toml num=6400) settings=('task.digits=[3,3]') others=(2,2 2,3 3,2) ;;&
@@ -56,17 +55,26 @@ sft() {
   else "${shoestring[@]}" sft "${sft[@]}" "${settings[@]}" "out=$start"; fi
 }
 
+# A method's settings without what its recipe does about groups without signal, in the array `plainly`.
+as_plain() {
+  plainly=("${plain[@]}")
+  [ "$1-${#plain[@]}" != t-spmo-1 ] || plainly+=(algorithm.u_count=all)
+}
+
 # A rate, by held-back problems.
 rates() {
-  local missing
+  local missing plainly out=runs/$name-$1
   missing=$(python3 bench/tuned.py "$name" rates "$1")
   [ -z "$missing" ] && return
-  swept "$1" --over "optim.lr=$missing" --seeds 0 --split validation
-  cp "runs/$name-$1/sweep.json" "runs/$name-$1/rates.json"
+  as_plain "$1"
+  [ ${#plain[@]} = 0 ] || out=runs/$name-plain-$1
+  swept "$1" "${plainly[@]}" --over "optim.lr=$missing" --seeds 0 --split validation --out "$out"
+  mkdir -p "runs/$name-$1"
+  cp "$out/sweep.json" "runs/$name-$1/rates.json"
   results
 }
 
-# Three seeds at that rate, by the test problems. Both lie in one folder, so seed 0 is trained once.
+# Three seeds at that rate, by the test problems. Runs with the same settings lie in one folder, so seed 0 is trained once.
 seeds() {
   local missing rate
   missing=$(python3 bench/tuned.py "$name" seeds "$1" 0,1,2)
@@ -77,12 +85,14 @@ seeds() {
 # More of the same.
 longer() {
   [[ " ${longer_methods[*]} " == *" $1 "* ]] || return 0
-  more longer "$1" "$longer_seeds" "${longer[@]}"
+  local plainly
+  as_plain "$1"
+  more longer "$1" "$longer_seeds" "${plainly[@]}" "${longer[@]}"
 }
-refilled() {
-  local own=()
-  [ "$1" != t-spmo ] || own=(algorithm.u_count=branching)
-  more refilled "$1" 0,1,2 "${refilled[@]}" "${own[@]}"
+plain() {
+  local plainly
+  as_plain "$1"
+  [ ${#plain[@]} = 0 ] || more plain "$1" 0,1,2 "${plainly[@]}"
 }
 
 # STAGE METHOD SEEDS, then settings.
@@ -141,7 +151,7 @@ for stage in "$@"; do
 done
 stages_of() {
   for stage in "${later[@]}"; do
-    case $1-$stage in base-rates | base-seeds | base-longer | base-refilled) ;; *) "$stage" "$1" ;; esac
+    case $1-$stage in base-rates | base-seeds | base-longer | base-plain) ;; *) "$stage" "$1" ;; esac
   done
 }
 for method in base ${METHODS:-grpo s-grpo t-spmo}; do stages_of "$method" & begun+=($!); done
