@@ -283,11 +283,12 @@ def test_one_that_was_killed_goes_on_from_its_newest_checkpoint(monkeypatch: pyt
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
-def test_ctrl_c_lets_the_step_in_hand_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupted_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """A warm start with Ctrl-C in the update of a step."""
     real = supervised._update
 
     def interrupted(*arguments: Any) -> Any:
-        if len(Path("warm/metrics.jsonl").read_text().splitlines()) == 3:
+        if len(Path("warm/metrics.jsonl").read_text().splitlines()) == step:
             signal.raise_signal(signal.SIGINT)
         return real(*arguments)
 
@@ -295,6 +296,10 @@ def test_ctrl_c_lets_the_step_in_hand_finish(monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(supervised, "_update", interrupted)
         with pytest.raises(KeyboardInterrupt):
             warmed()
+
+
+def test_ctrl_c_lets_the_step_in_hand_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted_in(monkeypatch, 3)
     assert [m["step"] for m in metrics()] == [0, 1, 2, 3]
     assert [path.name for path in Path("warm/checkpoints").iterdir()] == ["step-4"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -334,16 +339,7 @@ def test_a_disk_that_is_full_does_not_hide_what_went_wrong(
 
 
 def test_ctrl_c_in_the_last_step_is_taken_up_once_the_model_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = supervised._update
-
-    def interrupted(*arguments: Any) -> Any:
-        if len(Path("warm/metrics.jsonl").read_text().splitlines()) == 11:
-            signal.raise_signal(signal.SIGINT)
-        return real(*arguments)
-
-    monkeypatch.setattr(supervised, "_update", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        warmed()
+    interrupted_in(monkeypatch, 11)
     assert len(metrics()) == 12
     assert Path("warm/model/model.safetensors").is_file()
 
