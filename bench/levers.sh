@@ -13,7 +13,7 @@ lever() {
   begun+=($!)
 }
 carried_out() {
-  local out=runs/levers/$1 plain=(sampling.dynamic_sampling=0)
+  local out=runs/levers/$1 plain=(sampling.dynamic_sampling=1)
   case $2 in *-t-spmo) plain+=(algorithm.u_count=all) ;; esac
   python3 -m shoestring sweep "recipes/$2.toml" model=runs/svamp-smollm2-sft/model "${plain[@]}" "${@:3}" --seeds 0 \
     --split validation --out "$out" > "$out.txt" 2>&1

@@ -120,19 +120,45 @@ def tuned(name: str) -> str:
 
 
 def svamp_short() -> str:
-    found = {"": result("svamp-smollm2"), ", not refilled": result("svamp-smollm2-plain")}
-    runs_of: dict[str, list[dict[str, Any]]] = {}
-    for how in found:
-        for r in found[how]["rows"]:
-            runs_of.setdefault(f"`{r['method']}`{how}", []).append(r)
+    found, kinds = result("svamp-smollm2"), {"": "svamp-smollm2", ", not refilled": "svamp-smollm2-plain"}
     rows = []
-    for label, runs in runs_of.items():
-        _, accuracy, each, *cost = _over_seeds(runs)
-        peak = max(r["peak_allocated_gib"] for r in runs)
-        before = ", ".join(dict.fromkeys(f"{r['base_accuracy']:.1%}" for r in runs))
-        rows.append([label, before, accuracy, each, cost[1], f"{peak:.2f}"])
+    for how, name in kinds.items():
+        for method, runs in _by_method(result(name)["rows"]):
+            _, accuracy, each, *cost = _over_seeds(runs)
+            peak = max(r["peak_allocated_gib"] for r in runs)
+            rows.append([f"`{method}`{how}", _befores(runs), accuracy, each, cost[1], f"{peak:.2f}"])
     headings = ["algorithm", "after sft", "after RL (95 %)", "each seed", "tokens trained", "peak GiB"]
-    return table(headings, rows) + f"\n{where(found[''])}; not refilled {found[', not refilled']['date']}.\n"
+    return table(headings, rows) + f"\n{where(found)}.\n"
+
+
+def svamp_starts() -> str:
+    """Every run judged by the test, whatever its warm start."""
+    kinds = {
+        "refilled": ("svamp-smollm2", "svamp-smollm2-refilled-earlier"),
+        "not refilled": ("svamp-smollm2-plain", "svamp-smollm2-earlier"),
+        "longer": ("svamp-smollm2-longer", "svamp-smollm2-longer-earlier"),
+    }
+    rows = []
+    for kind, names in kinds.items():
+        for method, runs in _by_method([r for name in names for r in result(name)["rows"]]):
+            gains = [100 * r["gain"] for r in runs]
+            low, high = t_interval(gains)  # never of one run
+            gain = f"{statistics.mean(gains):+.1f} ({low:+.1f} to {high:+.1f})"
+            least, most = f"{min(gains):+.1f}", f"{max(gains):+.1f}"
+            rows.append(
+                [f"`{method}`, {kind}", str(len(runs)), _befores(runs), _over_seeds(runs)[1], gain, least, most]
+            )
+    headings = ["method", "runs", "before", "after (95 %)", "gain, points (95 %)", "least", "most"]
+    note = "\nIntervals: Student's t over runs, as if those behind one warm start were independent of each other.\n"
+    return table(headings, rows) + note
+
+
+def _by_method(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    return [(method, [r for r in rows if r["method"] == method]) for method in dict.fromkeys(r["method"] for r in rows)]
+
+
+def _befores(runs: list[dict[str, Any]]) -> str:
+    return ", ".join(dict.fromkeys(f"{r['base_accuracy']:.1%}" for r in runs))
 
 
 def svamp_warmer() -> str:
@@ -144,8 +170,7 @@ def svamp_warmer() -> str:
         _, accuracy, each, *cost = _over_seeds(runs)
         passes = _passes([r.get("at_temperature_1") for r in runs]) if split == "test" else ""
         judged = "test" if split == "test" else "held back"
-        before = ", ".join(dict.fromkeys(f"{r['base_accuracy']:.1%}" for r in runs))
-        rows.append([f"{rate:g}", judged, before, accuracy, each, passes, *cost[:2]])
+        rows.append([f"{rate:g}", judged, _befores(runs), accuracy, each, passes, *cost[:2]])
     headings = ["rate", "judged by", "before", "after (95 %)", "each seed", "pass@1, 4, 16", "tokens sampled"]
     return table([*headings, "tokens trained"], rows) + f"\n{where(found)}.\n"
 
@@ -459,6 +484,7 @@ TABLES = {
     "demo-compare": demo_compare,
     "svamp-smollm2": lambda: tuned("svamp-smollm2"),
     "svamp-short": svamp_short,
+    "svamp-starts": svamp_starts,
     "svamp-levers": svamp_levers,
     "multiply-embedded-hard-settings": hard_settings,
     "svamp-t-spmo": svamp_warmer,

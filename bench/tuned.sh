@@ -22,7 +22,7 @@ case $name in
     judged=(--task svamp --max-new-tokens 96 --k 1,4,16,64) elsewhere=('gsm8k --task gsm8k --max-new-tokens 256')
     longer=(steps=300 eval_every=25 save_every=25)
     longer+=('task={name="mixture",of=[{name="svamp",validation=100},"word-problems"],num=[600,6000]}')
-    longer_methods=(grpo s-grpo t-spmo) longer_seeds=0,1,2 plain=(sampling.dynamic_sampling=0) ;;
+    longer_methods=(grpo s-grpo t-spmo) longer_seeds=0,1,2 plain=(sampling.dynamic_sampling=1) ;;
   multiply-2x2-smollm2) sft=(recipes/multiply-smollm2-sft.toml) settings=('task.digits=[2,2]') others=(1,3 2,3 3,3) ;;&
   multiply-3x3-smollm2)
     sft=(recipes/multiply-smollm2-sft.toml num=6400) settings=('task.digits=[3,3]') others=(2,2 2,3 3,2) ;;&

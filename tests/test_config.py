@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,24 @@ def test_every_recipe_is_valid_and_says_what_to_expect(path: Path) -> None:
     else:
         load(path)
     assert path.read_text().startswith("# ")
+
+
+def test_settings_that_a_script_or_a_recipes_comment_names_are_taken_by_some_recipe() -> None:
+    scripts = "".join(path.read_text() for path in (ROOT / "bench").glob("*.sh"))
+    comments = "\n".join(line for path in RECIPES for line in path.read_text().splitlines() if line.startswith("#"))
+    named = set(re.findall(r"(?<![\w.])(?:algorithm|objective|sampling|adapter)\.\w+=[\w.-]*\w", scripts + comments))
+    assert "sampling.dynamic_sampling=4" in named
+    beside = ((), ("algorithm.alpha=0",))  # with fewer tokens than alpha no k is taken
+    refused = [s for s in sorted(named) if not any(taken(path, s, *more) for path in RECIPES for more in beside)]
+    assert not refused
+
+
+def taken(recipe: Path, *settings: str) -> bool:
+    try:
+        load(recipe, settings)
+    except ConfigError:
+        return False
+    return True
 
 
 def test_the_recipes_that_must_be_there() -> None:
