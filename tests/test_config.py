@@ -175,3 +175,11 @@ def test_entropies_are_not_for_a_recipe_to_ask_for() -> None:
     with pytest.raises(ConfigError, match=r"sampling\.entropy is true; the algorithm says"):
         load(None, ["sampling.entropy=true"])
     assert load(None, ["algorithm.name=entropy-filter"]).drawing.entropy
+
+
+def test_paths_and_single_texts_stand_for_what_they_say() -> None:
+    given = {"model": Path("models/x"), "out": Path("runs/y"), "rewards": {"functions": "rw:f"}}
+    config = settle({**given, "adapter": {"modules": "q_proj"}})
+    assert (config.model.name, config.out, config.rewards.functions) == ("models/x", "runs/y", ("rw:f",))
+    assert config.adapter.modules == ("q_proj",)
+    assert settle({"adapter": {"modules": "all-linear"}}).adapter.modules == "all-linear"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shoestring import ConfigError, DataError, train
+from shoestring import ConfigError, DataError, loop, runs, train
 from shoestring import checkpoint as checkpoints
 from shoestring.checkpoint import prune
 from shoestring.errors import NonFiniteError
@@ -626,3 +627,59 @@ def test_resume_refuses_another_config() -> None:
     with pytest.raises(ConfigError, match=r"no config\.toml"):
         train(resume="nowhere", quiet=True)
     assert len(metrics()) == 2
+
+
+def test_an_update_that_breaks_after_the_first_counts_as_one_that_is_not_finite(
+    planted: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With two updates a step, of which the second is not finite: three such steps in a row stop the run."""
+    planted.update(at=2)
+    with pytest.raises(NonFiniteError, match="none was applied whole"):
+        train(config(steps=8, objective={"updates": 2}), rewards=[varied])
+    assert [m["applied"] for m in metrics()] == [True, False, False]
+    assert "Step 0 was applied in part" in capsys.readouterr().err
+
+
+def test_a_run_that_is_extended_keeps_the_evaluation_that_chose_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = [0.1, 0.2, 0.9, 0.3, 0.4]
+    real = loop.evaluate
+
+    def said(*given: Any) -> Any:
+        return dataclasses.replace(real(*given), accuracy=accuracies.pop(0))
+
+    def evaluations() -> list[tuple[int, float]]:
+        lines = map(json.loads, Path("run/evals.jsonl").read_text().splitlines())
+        return [(line["step"], line["accuracy"]) for line in lines]
+
+    monkeypatch.setattr(loop, "evaluate", said)
+    keeping = {"evaluation": {"num": 5, "keep": "best"}, "eval_every": 2, "save_every": 1}
+    train(config(**keeping, steps=3), quiet=True)
+    assert evaluations() == [(0, 0.1), (2, 0.2), (3, 0.9)]
+    run = train({"steps": 5}, resume="run", quiet=True)
+    assert run.best_step == 3
+    assert evaluations() == [(0, 0.1), (2, 0.2), (3, 0.9), (4, 0.3), (5, 0.4)]
+
+
+def test_folders_without_a_name_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run has taken the next number in between."""
+    Path("runs/sums-grpo-1").mkdir(parents=True)
+    real, asked = runs._next_free, []
+
+    def late(parent: Path, name: str) -> Path:
+        asked.append(name)
+        return Path("runs/sums-grpo-1") if len(asked) == 1 else real(parent, name)
+
+    monkeypatch.setattr(runs, "_next_free", late)
+    assert runs._new_folder(None, "sums", "grpo") == Path("runs/sums-grpo-2")
+
+
+def test_an_evaluation_prompt_that_is_too_long_is_told_at_the_start() -> None:
+    """Of a conversation all messages count, not the last alone."""
+    long = [{"role": "user", "content": "1" * 1200}, {"role": "assistant", "content": "?"}]
+    rows = [{"prompt": [*before, {"role": "user", "content": "1+1="}], "answer": 2} for before in ([], long)]
+    with pytest.raises(DataError, match="longer than the model's context"):
+        train(config(), data=[*[rows[0]] * 6, rows[1], *[{"prompt": "12345+1=", "answer": 12346}] * 9], quiet=True)
+    settings = config(eval_every=2, evaluation={"num": 5})
+    with pytest.raises(DataError, match="longer than the model's context"):
+        train(settings, data=rows[:1], eval_data=[*[rows[0]] * 2, rows[1]], quiet=True)
+    assert not Path("run").exists()

@@ -161,3 +161,10 @@ def test_its_settings_are_as_strict_as_ours() -> None:
         configs.settle({"algorithm": {"name": pasted("mine", "RLOO"), "scale": 2}})
     task = configs.settle({**SMALL, "task": {"name": pasted("sums", "Sums"), "prompt": "Add: {question}"}}).task
     assert task.ask(task.problems("test")[0])[0]["content"].startswith("Add: ")
+
+
+def test_a_sampler_of_ones_own_works_under_a_budget() -> None:
+    """Where the largest pieces of a step are rehearsed."""
+    own = {"sampler": {"name": pasted("engine", "OwnWeights"), "noise": 0.0}}
+    train(config(**own, steps=1, memory="1GiB"), quiet=True)
+    assert [line["step"] for line in metrics("run")] == [0]

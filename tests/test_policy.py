@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shoestring import train
 from shoestring.adapters.base import decoder_layers
 from shoestring.algorithms import ALGORITHMS
 from shoestring.batch import collate
 from shoestring.heads import POST_HEAD
 from shoestring.loss import Objective
+from shoestring.models import ModelSettings
 from shoestring.optim import build_optimizer, update
-from shoestring.policy import Policy
+from shoestring.policy import Policy, load_policy
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.types import Batch, Group, Score
 from tiny import FAMILIES, VOCAB, prompt, random_model, random_policy
@@ -215,3 +218,12 @@ def test_layers_below_the_first_adapter_store_nothing() -> None:
         policy.logprobs(batch).sum().backward()
     assert saved
     assert set(saved) == {2}
+
+
+def test_a_policy_is_loaded_by_a_name_or_a_folder_too() -> None:
+    first, second = load_policy("tiny"), load_policy(ModelSettings(name="tiny"))
+    assert all(torch.equal(a, b) for a, b in zip(first.base.parameters(), second.base.parameters(), strict=True))
+    train({"steps": 1, "out": "run", "model": {"dtype": "bf16"}, "sampling": {"max_new_tokens": 4}}, quiet=True)
+    own = load_policy(Path("run"))
+    assert own.adapted is not None
+    assert own.base.dtype == torch.bfloat16

@@ -269,3 +269,9 @@ def test_a_script_that_trains_when_it_is_read_is_told_so() -> None:
     assert '`if __name__ == "__main__":`' in errors
     assert "a worker could not start" in errors
     assert not Path("run").exists()
+
+
+def test_a_worker_that_does_not_start_in_time_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoestring.pool._START", 0.001)
+    with pytest.raises(ConfigError, match="a worker could not start"), opened(Rewards([functions.logs]), TASK, pool()):
+        pass

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from shoestring import budgets, checkpoint, cli, loop, pieces, train
 from shoestring.batch import collate
 from shoestring.config import settle
+from shoestring.errors import ConfigError
 from shoestring.loss import Objective
 from shoestring.memory import OutOfMemory
 from shoestring.models import ModelSettings
@@ -26,7 +27,9 @@ from shoestring.optim import backward
 from shoestring.plan import predict
 from shoestring.policy import Policy, load_policy
 from shoestring.samplers import SAMPLERS, Sampling
+from shoestring.samplers.hf import HfEngine
 from shoestring.types import Credit, Group
+from test_loop import same_weights
 from test_policy import close, gradients
 from tiny import prompt, random_policy
 
@@ -726,3 +729,68 @@ def test_every_budget_samples_the_same_tokens(policy: Policy) -> None:
 
     whole = tokens(None)
     assert all(tokens(wave) == whole for wave in waves)
+
+
+def test_an_engine_that_fails_to_take_the_weights_loses_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By then the step is done, and it is saved as such."""
+    settings = config(steps=3, objective={"beta": 0.0, "updates": 1}, save_every=0)
+    train({**settings, "out": "whole"}, rewards=[varied], quiet=True)
+    real, told = HfEngine.sync, []
+
+    def sync(self: HfEngine, policy: Policy) -> None:
+        told.append(True)
+        if len(told) == 2:
+            raise OSError("the engine is gone")
+        real(self, policy)
+
+    monkeypatch.setattr(HfEngine, "sync", sync)
+    with pytest.raises(OSError, match="gone"):
+        train(settings, rewards=[varied], quiet=True)
+    assert checkpoint.steps_done(Path("run")) == 2
+    train(resume="run", rewards=[varied], quiet=True)
+    assert metrics("run") == metrics("whole")
+    assert same_weights("run", "whole")
+
+
+def test_replayed_problems_keep_what_json_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(".")
+    Path("dated.py").write_text(
+        """
+import datetime
+from typing import Literal
+from shoestring.tasks.base import Asking
+from shoestring.types import Problem, Score
+
+class Dated(Asking):
+    name: str = "dated:Dated"
+    format: Literal["chat", "plain"] = "plain"
+
+    def problems(self, split):
+        return [Problem(str(i), f"{i}*7=", str(7 * i), {"by": {3: datetime.date(2026, 1, i)}}) for i in range(10, 30)]
+
+    def score(self, problem, text):
+        return Score(float((sum(map(ord, text)) + problem.meta["by"][3].day) % 11))
+
+    def vote(self, text):
+        return None
+
+    def solution(self, problem):
+        return None
+"""
+    )
+    settings = config(
+        task="dated:Dated", algorithm={"name": "t-spmo", "replay_from": "both"}, objective={"beta": 0.0}, steps=4
+    )
+    train({**settings, "out": "whole"}, quiet=True)
+    train({**settings, "steps": 2}, quiet=True)
+    state = json.loads(Path("run/checkpoints/step-2/state.json").read_text())
+    assert state["replays"]
+    assert set(state["replays"][0]) == {"id", "answer", "token_ids", "answer_start"}
+    shutil.copytree("run", "changed")
+    train({"steps": 4}, resume="run", quiet=True)
+    assert metrics("run") == metrics("whole")
+    assert same_weights("run", "whole")
+    Path("dated.py").write_text(Path("dated.py").read_text().replace("range(10, 30)", "range(30, 31)"))
+    monkeypatch.delitem(sys.modules, "dated")
+    with pytest.raises(ConfigError, match="which the task no longer has"):
+        train({"steps": 4}, resume="changed", quiet=True)

@@ -16,6 +16,7 @@ import torch
 from shoestring.errors import ConfigError, DataError
 from shoestring.rewards import Rewards, Row, Scored, TrainerState, columns, load
 from shoestring.tasks.base import Asking
+from shoestring.tasks.file import File
 from shoestring.types import Problem, Score
 
 STATE = TrainerState(global_step=3, max_steps=10)
@@ -373,3 +374,12 @@ def test_trls_own_reward_functions():
         "soft_overlong_punishment_reward",
     ]
     assert both.columns["solution"] == both.columns["reasoning_accuracy_reward/solution"] == [r"$\frac{1}{3}$"] * 2
+
+
+def test_answers_come_as_they_stand_in_the_row():
+    """As any other column, and as in TRL; the reference where a task's problems come from no row."""
+    rows = [{"prompt": "6*7=", "answer": 42}, {"prompt": "1+1=", "answer": [2, 3]}, {"prompt": "Hi.", "answer": None}]
+    Path("own").mkdir()
+    Path("own/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = File(name="file:own", check="none").problems("train")
+    assert columns([*problems, Problem("x", "2*3=", "6")])["answer"] == [42, [2, 3], None, "6"]

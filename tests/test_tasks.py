@@ -290,10 +290,10 @@ def test_rows_without_ids_are_told_apart_and_missing_columns_are_told() -> None:
 def test_a_question_beside_the_prompt_reaches_the_rewards() -> None:
     write_jsonl(Path("train.jsonl"), [{"prompt": "What is 2*3?", "question": "2*3", "answer": 6, "level": 1}])
     [problem] = pick(TASKS, "task", "file:train.jsonl").problems("train")
-    assert problem.meta["columns"] == {"question": "2*3", "level": 1}
+    assert problem.meta["columns"] == {"question": "2*3", "answer": 6, "level": 1}
     write_jsonl(Path("train.jsonl"), [{"question": "2*3", "answer": 6, "level": 1}])
     [problem] = pick(TASKS, "task", "file:train.jsonl").problems("train")
-    assert problem.meta["columns"] == {"level": 1}
+    assert problem.meta["columns"] == {"answer": 6, "level": 1}
 
 
 def test_conversations_that_end_alike_are_problems_of_their_own() -> None:
@@ -328,3 +328,52 @@ def test_missing_files_and_unknown_kinds() -> None:
         pick(TASKS, "task", "file:rows.txt").problems("train")
     with pytest.raises(DataError, match="holds neither"):
         pick(TASKS, "task", {"name": "svamp", "data": "."}).problems("train")
+
+
+def problems_of(*rows: dict[str, Any], **settings: Any) -> list[Problem]:
+    write_jsonl(Path("own/train.jsonl"), list(rows))
+    return list(pick(TASKS, "task", {"name": "file:own", **settings}).problems("train"))
+
+
+def test_content_in_parts_of_text_is_their_text() -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "2*3?"}]
+    worked = [{"type": "text", "text": "2*3=6"}]
+    [problem] = problems_of(
+        {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": worked}], "answer": 6}
+    )
+    assert problem.question == "What is 2*3?"
+    assert problem.meta["messages"] == [{"role": "user", "content": "What is 2*3?"}]
+    assert problem.meta["solution"] == "2*3=6"
+
+
+@pytest.mark.parametrize("content", [None, 7, [{"type": "image_url", "image_url": "x"}], ["text"]])
+def test_content_that_is_no_text_is_refused(content: Any) -> None:
+    with pytest.raises(DataError, match="own row 1 has a message with the content"):
+        problems_of({"prompt": [{"role": "user", "content": content}], "answer": 6})
+
+
+def test_an_id_of_two_problems_is_refused() -> None:
+    same = {"id": "a", "prompt": "1+1=", "answer": 2}
+    assert [problem.id for problem in problems_of(same, same)] == ["a", "a"]
+    with pytest.raises(DataError, match='with different prompts have the id "a"'):
+        problems_of(same, {**same, "prompt": "1+2=", "answer": 3})
+
+
+def test_an_empty_prompt_column_beside_a_question_asks_nothing() -> None:
+    assert [p.question for p in problems_of({"prompt": None, "question": "1+1=", "answer": 2})] == ["1+1="]
+
+
+def test_a_comma_too_many_in_a_csv_is_told() -> None:
+    Path("sums.csv").write_text("prompt,answer\n1+1=,2\n10*100=,1,000\n")
+    with pytest.raises(DataError, match=r"sums\.csv, line 3 has 3 fields.*the header names 2 \(prompt, answer\)"):
+        pick(TASKS, "task", "file:sums.csv").problems("train")
+    Path("sums.csv").write_text('prompt,answer\n1+1=,2\n10*100=,"1,000"\n')
+    task = pick(TASKS, "task", "file:sums.csv")
+    assert {p.answer for split in SPLITS for p in some(task, split)} == {"2", "1,000"}
+
+
+def some(task: Any, split: str) -> list[Problem]:
+    try:
+        return list(task.problems(split))
+    except DataError:  # none fell there
+        return []

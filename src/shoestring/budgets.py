@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -62,12 +62,24 @@ def longest_prompt(config: RunConfig, reader: Policy | Reader, problems: Sequenc
     prompts, _ = encode(
         reader,
         config.task,
-        longest_problems(problems),
+        longest_problems(config.task, problems),
         config.sampling.max_new_tokens,
         max_prompt_tokens=config.sampling.max_prompt_tokens,
         allow_truncated=config.allow_truncated_prompts,
     )
     return max(prompts, key=lambda prompt: len(prompt.token_ids))
+
+
+def check_lengths(config: RunConfig, reader: Policy | Reader, judging: Sequence[Problem]) -> None:
+    """Raises `DataError` if a prompt of the evaluations is too long, now and not in the middle of the run."""
+    most = config.sampling.max_new_tokens
+    encode(
+        reader,
+        config.task,
+        longest_problems(config.task, judging),
+        most,
+        allow_truncated=config.allow_truncated_prompts,
+    )
 
 
 def loaded(config: RunConfig) -> Policy:
@@ -156,7 +168,8 @@ def rehearse(session: Session, state: State, longest: Prompt) -> None:
     give_back(session.policy.device)
     shorter = Prompt(longest.problem, longest.token_ids[1:] or longest.token_ids, longest.answer_start - 1)
     prompts = [longest, *[shorter] * (sampling.num_prompts - 1)]  # of two lengths, so that attention needs its mask
-    session.engine.rehearse(prompts, num=sampling.num_completions, sampling=sampling, trunk_layer=session.trunk_layer)
+    keeping: dict[str, Any] = {} if session.trunk_layer is None else {"trunk_layer": session.trunk_layer}
+    session.engine.rehearse(prompts, num=sampling.num_completions, sampling=sampling, **keeping)
     give_back(session.policy.device)
 
 

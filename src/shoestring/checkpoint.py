@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +62,7 @@ class State:
 def save(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: State) -> Path:
     """Writes checkpoints/step-N, N the number of steps done, under a temporary name first; returns it."""
     target = folder / "checkpoints" / f"step-{state.step}"
-    values = json.dumps(dataclasses.asdict(state), default=str)
+    values = json.dumps(_as_values(state))
     if target.exists():  # the weights of a step are what they are; an evaluation may have changed the state
         draft = target / ".draft-state.json"
         draft.write_text(values, encoding="utf-8")
@@ -127,12 +127,18 @@ def steps_done(folder: Path) -> int:
     return int(last.name[5:]) if last else 0
 
 
-def restore(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
-    """Loads weights and optimizer in place and returns the state; raises `ConfigError` if a file cannot be read."""
+def restore(
+    path: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    problems: Sequence[Problem] = (),
+) -> State:
+    """Loads weights and optimizer in place and returns the state, whose prefixes to replay belong to some of the
+    `problems`; raises `ConfigError` if a file cannot be read."""
     with _read_from(path):
         own, weights = (load_file(path / f"{name}.safetensors") for name in ("optimizer", "weights"))
         values: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        records = {"replays": [_prompt(value) for value in values["replays"]], "pieces": Pieces(**values["pieces"])}
+        records = {"replays": _prompts(values["replays"], problems, path), "pieces": Pieces(**values["pieces"])}
         state = State(**{**values, **records})
     _make_moments({name.rpartition(":")[0] for name in own}, parameters, optimizer)
     _fill(parameters, weights, path)
@@ -167,8 +173,28 @@ def _read_from(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _prompt(value: Mapping[str, Any]) -> Prompt:
-    return Prompt(Problem(**value["problem"]), tuple(value["token_ids"]), value["answer_start"])
+def _as_values(state: State) -> dict[str, Any]:
+    """For JSON. Of a problem what it is found again by: the rest may be of types that JSON has not."""
+    replays = [
+        {"id": p.problem.id, "answer": p.problem.answer, "token_ids": p.token_ids, "answer_start": p.answer_start}
+        for p in state.replays
+    ]
+    return {**dataclasses.asdict(dataclasses.replace(state, replays=[])), "replays": replays}
+
+
+def _prompts(values: Sequence[Mapping[str, Any]], problems: Sequence[Problem], path: Path) -> list[Prompt]:
+    known = {(problem.id, problem.answer): problem for problem in problems} if values else {}
+    prompts = []
+    for value in values:
+        problem = known.get((value["id"], value["answer"]))
+        if problem is None:
+            raise ConfigError(
+                f"the checkpoint is {path}",
+                f'it goes on with problem "{value["id"]}", which the task no longer has',
+                "give the task the data that the run was started with",
+            )
+        prompts.append(Prompt(problem, tuple(value["token_ids"]), value["answer_start"]))
+    return prompts
 
 
 def moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from shoestring.loss import Objective
 from shoestring.memory import checked_size
 from shoestring.models import ModelSettings
 from shoestring.samplers import SAMPLERS, Sampling
-from shoestring.settings import Settings, build, pick
+from shoestring.settings import Settings, as_tuple, build, pick
 from shoestring.tasks import TASKS
 from shoestring.tasks.base import has_answers, parts
 from shoestring.trackers import TRACKERS
@@ -44,7 +45,7 @@ class OptimSettings(Settings):
 class RewardSettings(Settings):
     """Which functions score a completion: dotted paths in TRL's form, and "task" for the task's own score."""
 
-    functions: tuple[str, ...] = ("task",)
+    functions: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ("task",)
     weights: tuple[float, ...] | None = None
     workers: int = Field(default=0, ge=0)
     """Processes that score, each completion by itself, while others are sampled; 0 scores in the loop's own thread."""
@@ -121,7 +122,7 @@ class ExecutionSettings(Settings):
 
 def named_model(value: Any) -> Any:
     """`model = "x"` is short for a table with that name."""
-    return {"name": value} if isinstance(value, str) else value
+    return {"name": value} if isinstance(value, str | os.PathLike) else value
 
 
 class RunConfig(Settings):

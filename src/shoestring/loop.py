@@ -19,6 +19,7 @@ from shoestring import budgets, checkpoint, pool, profiler, replay, report, runs
 from shoestring.checkpoint import State
 from shoestring.clock import Clock
 from shoestring.config import RunConfig
+from shoestring.credit import credit_of
 from shoestring.environment import command, quoted
 from shoestring.errors import ConfigError, DataError, NonFiniteError, ShoestringError
 from shoestring.evaluation import EvalSettings, check_judges, evaluate, evaluate_by_rewards, first_problems
@@ -120,7 +121,7 @@ def carried_out(
         try:
             scorer = Rewards(rewards or settled.rewards.functions, settled.rewards.weights)
             return _run(folder, settled, scorer, quiet=quiet, profile=profile)
-        except ShoestringError:  # the same command should work once the mistake is mended
+        except Exception:  # the same command should work once the mistake is mended, in a class of the user's own too
             if resume is None:
                 runs.discard_unused(folder)
             raise
@@ -200,9 +201,10 @@ def _open(
     plan = budgets.planned(config, policy, longest)
     optimizer = build_optimizer(policy.trained().values(), config.optim)
     last = checkpoint.latest(folder)
-    state = checkpoint.restore(last, policy.trained(), optimizer) if last else State()
+    state = checkpoint.restore(last, policy.trained(), optimizer, problems) if last else State()
     budgets.settle_pieces(state, config, plan)
-    report.cut_logs(folder, state.step)
+    goes_on = state.step < config.steps
+    report.cut_logs(folder, state.step, final=goes_on and bool(config.eval_every and state.step % config.eval_every))
 
     reporter = Reporter(folder, config.steps, quiet=quiet)
     engine = config.sampler.open(policy, state.wave_tokens)
@@ -214,7 +216,9 @@ def _open(
     )
     reporter.say(describe(config, policy, folder, state))
     if config.eval_every:
-        shared = overlap(first_problems(config.task, config.evaluation.split, config.evaluation.num), config.task)
+        judging = first_problems(config.task, config.evaluation.split, config.evaluation.num)
+        budgets.check_lengths(config, policy, judging)
+        shared = overlap(judging, config.task)
         if shared and shared.shared:
             reporter.warn(f"Evaluations: {shared.describe()}.")
     if plan is not None:
@@ -253,7 +257,10 @@ def _step(session: Session, state: State) -> None:
     with _saved_at(session, state, BaseException):  # weights and state are those of the last step
         sampled = _sample(session, state, clock)
     with _saved_at(session, state, ShoestringError):  # here too, but for half a step
-        _learn(session, state, sampled, clock)
+        moved = _learn(session, state, sampled, clock)
+    with _saved_at(session, state, BaseException):  # now of this one
+        if moved:
+            session.engine.sync(session.policy)
 
 
 def _sample(session: Session, state: State, clock: Clock) -> Sampled:
@@ -265,8 +272,8 @@ def _sample(session: Session, state: State, clock: Clock) -> Sampled:
     return joined(rounds, sampling.num_prompts)
 
 
-def _learn(session: Session, state: State, sampled: Sampled, clock: Clock) -> None:
-    """The second half: update, report. `state` moves at its end, once all of it is done."""
+def _learn(session: Session, state: State, sampled: Sampled, clock: Clock) -> bool:
+    """The second half: update, report. `state` moves at its end, once all of it is done. Whether anything trained."""
     config, step = session.config, state.step
     groups, credits = [sampled.groups[i] for i in sampled.kept], [sampled.credits[i] for i in sampled.kept]
     cursor = state.cursor + len(sampled.groups) - len(state.replays)
@@ -278,8 +285,7 @@ def _learn(session: Session, state: State, sampled: Sampled, clock: Clock) -> No
         )
         give_back(session.policy.device)
         if batches:
-            session.engine.sync(session.policy)
-            state.skipped_in_a_row = 0 if result.applied else state.skipped_in_a_row + 1
+            state.skipped_in_a_row = 0 if result.finite else state.skipped_in_a_row + 1
             state.culprits = ", ".join(result.culprits)
     state.wave_tokens = session.engine.wave_tokens
     state.cursor = cursor
@@ -294,6 +300,7 @@ def _learn(session: Session, state: State, sampled: Sampled, clock: Clock) -> No
         session.reporter.warn(warning)
     if session.plan is not None and step == session.first_step:
         budgets.compare(session, clock)
+    return bool(batches)
 
 
 def _saved_at(session: Session, state: State, errors: type[BaseException]) -> AbstractContextManager[None]:
@@ -311,7 +318,7 @@ def _to_go_on(folder: Path, config: RunConfig) -> str:
 def _never_finite(state: State, folder: Path) -> NonFiniteError:
     return NonFiniteError(
         f"{_MOST_SKIPPED} steps in a row (the last was {state.step - 1}) had a loss or gradient that is not finite, "
-        f"and none was applied; problems: {state.culprits}. A checkpoint is in {folder}."
+        f"and none was applied whole; problems: {state.culprits or 'no single one'}. A checkpoint is in {folder}."
     )
 
 
@@ -330,8 +337,8 @@ def _round(session: Session, state: State, clock: Clock, start: int, num: int) -
         generators = [
             torch.Generator().manual_seed(session.seed(step, "credit", start + i)) for i in range(len(groups))
         ]
-        credit = session.config.algorithm.credit
-        credits = [credit(group, generator) for group, generator in zip(groups, generators, strict=True)]
+        algorithm = session.config.algorithm
+        credits = [credit_of(algorithm, group, own) for group, own in zip(groups, generators, strict=True)]
     return Round(rollouts, groups, credits, scored, num_cut)
 
 

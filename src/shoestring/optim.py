@@ -79,7 +79,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 class UpdateReport(NamedTuple):
-    """What an update did. `culprits` are the problems whose rows were not finite; then nothing was applied."""
+    """What an update did. `finite` is false where a loss or gradient was not, and that optimizer step and those behind
+    it were not applied; `culprits` are the problems whose rows were at fault, if single ones were."""
 
     loss: float
     grad_norm: float
@@ -90,6 +91,7 @@ class UpdateReport(NamedTuple):
     culprits: tuple[str, ...] = ()
     importance_mean: float = 1.0
     importance_capped: float = 0.0
+    finite: bool = True
 
 
 def update(
@@ -125,7 +127,7 @@ def update(
         if not (math.isfinite(norm) and math.isfinite(loss)):
             optimizer.zero_grad(set_to_none=True)
             culprits = _culprits(policy, batches, objective, temperature, checkpointing)
-            return report._replace(loss=loss, grad_norm=norm, applied=number > 0, culprits=culprits)
+            return report._replace(loss=loss, grad_norm=norm, applied=number > 0, culprits=culprits, finite=False)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         report = UpdateReport(

@@ -21,7 +21,7 @@ from shoestring.optim import state_bytes
 from shoestring.packing import TREE_MODELS
 from shoestring.samplers.decoder import MODELS
 from shoestring.shapes import FAMILIES, Shape, read_shape
-from shoestring.tasks.base import plain_text
+from shoestring.tasks.base import Task, plain_text
 
 # Where a budget has room, training takes more than sampling does for micro-batches of so many tokens.
 _ENOUGH_TOKENS = 2_048
@@ -478,14 +478,14 @@ def _text_tokens(config: RunConfig) -> int:
 def _longest_texts(config: RunConfig) -> list[str]:
     """The longest of the prompts in memory, or some of those that are made as they are read."""
     problems = config.task.problems("train")
-    chosen = longest_problems(problems)
+    chosen = longest_problems(config.task, problems)
     return [plain_text(config.task.ask(problem)) for problem in chosen]
 
 
-def longest_problems(problems: Sequence[Any]) -> list[Any]:
-    """The problems with the longest questions; of data that are made as they are read, some from all over."""
+def longest_problems(task: Task, problems: Sequence[Any]) -> list[Any]:
+    """The problems with the longest texts; of data that are made as they are read, some from all over."""
     if isinstance(problems, (list, tuple)):
-        return sorted(problems, key=lambda problem: -len(problem.question))[:_LOOKED_AT]
+        return sorted(problems, key=lambda problem: -len(plain_text(task.ask(problem))))[:_LOOKED_AT]
     apart = max(len(problems) // _LOOKED_AT, 1)
     return [problems[i] for i in range(0, len(problems), apart)][:_LOOKED_AT]
 

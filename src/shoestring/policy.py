@@ -316,18 +316,22 @@ class Policy:
 
 
 def load_policy(
-    settings: models.ModelSettings,
+    settings: models.ModelSettings | str | Path,
     *,
     adapter: Adapter | None = None,
     keep_reference: bool = False,
     device: str = "auto",
 ) -> Policy:
-    """The policy that `settings` names: with a new `adapter`, or with the run's (or checkpoint's) own one, or without
-    any.
+    """The policy that `settings` (or a name, or a folder) name: with a new `adapter`, or with the run's (or
+    checkpoint's) own one, or without any.
 
     Without `adapter` nothing is trained: a run's own comes frozen (it is there to be evaluated). To train on top of a
     run, merge it first. `keep_reference` keeps a copy of the weights, if it is they that are trained.
     """
+    if not isinstance(settings, models.ModelSettings):
+        from shoestring.runs import model_settings
+
+        settings = model_settings(str(settings))
     source = models.locate(settings.name)
     if adapter is not None and (source.adapter or source.checkpoint):
         raise ConfigError(

@@ -199,7 +199,15 @@ class Worker:
 
     def wait_until_ready(self) -> None:
         if not self._ready:
-            self._answer(_START)
+            try:
+                self._answer(_START)
+            except TimedOut:
+                self._kill()
+                raise DataError(
+                    f"a reward worker was not ready after {_START:g} s",
+                    "importing what the rewards need takes longer, or hangs",
+                    "make that import lighter, use fewer rewards.workers, or set rewards.workers = 0",
+                ) from None
             self._ready = True
 
     def judge(self, row: Row, state: TrainerState) -> Judged:

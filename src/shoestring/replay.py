@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from random import Random
 
 from shoestring.algorithms.base import Replay
+from shoestring.credit import scored_part
 from shoestring.types import Group, Prompt
 
 
@@ -16,7 +17,8 @@ def choose(replay: Replay | None, groups: Sequence[Group], num_prompts: int, ran
     """
     if replay is None:
         return []
-    mixed = [group for group in groups if len({score.value for score in group.scores}) > 1]
+    parts = [scored_part(group)[1] for group in groups]
+    mixed = [group for group in parts if len({score.value for score in group.scores}) > 1]
     found = [prompt for group in mixed for prompt in _prefixes(group, replay, random)]
     random.shuffle(found)
     return found[: int(replay.fraction * num_prompts)]

@@ -180,17 +180,18 @@ def one_line(report: StepReport, steps: int) -> str:
     )
 
 
-def cut_logs(folder: Path, steps: int) -> None:
+def cut_logs(folder: Path, steps: int, *, final: bool = False) -> None:
     """Drops what the logs hold of steps that a resumed run is going to do again, and lines that a kill left torn.
 
-    The evaluation that is due at step `steps` is done again too.
+    The evaluation that is due at step `steps` is done again too; a `final` one is not, and stays.
     """
     for name in LOGS:
         path = folder / name
         if not path.is_file():
             continue
         text = path.read_text(encoding="utf-8", errors="replace")  # a torn line may end within a letter
-        kept = [line for line in text.split("\n") if line and _step_of(line) < steps]
+        end = steps + (final and name == "evals.jsonl")
+        kept = [line for line in text.split("\n") if line and _step_of(line) < end]
         draft = path.with_name(f".draft-{name}")
         draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(draft, path)

@@ -175,9 +175,8 @@ class Rewards:
         each of these by its name, and with "task" also the parts that the task itself reports.
 
         A completion that every function passed over gets the mean value of its problem's other completions, or 0.0 if
-        they have none either. TRL sets its advantage to 0 and leaves it out of the group's mean; the mean in its place
-        does the same for any algorithm that subtracts a mean, with every reward a number. In a step that has such
-        completions the part "unscored" says which they are.
+        they have none either, so that every reward is a number. It teaches nothing (`shoestring.credit`). In a step
+        that has such completions the part "unscored" says which they are.
         """
         return self.weigh(rows, self.judge(task, rows, state)) if rows else Scored([])
 
@@ -315,7 +314,7 @@ def columns(problems: Sequence[Problem]) -> dict[str, list[Any]]:
     >>> columns([Problem("1", "2*3=", "6", {"columns": {"level": 1}}), Problem("2", "2*4=", "8")])
     {'answer': ['6', '8'], 'level': [1, None]}
     """
-    rows = [{"answer": problem.answer, **problem.meta.get("columns", {})} for problem in problems]
+    rows = [{"answer": problem.answer or None, **problem.meta.get("columns", {})} for problem in problems]
     names = dict.fromkeys(name for row in rows for name in row if name not in RESERVED)
     return {name: [row.get(name) for row in rows] for name in names}
 

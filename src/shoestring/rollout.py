@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shoestring.errors import DataError
 from shoestring.policy import Policy, Reader
@@ -99,7 +99,6 @@ def roll_out(
         return Rollout(prompt, group, tuple(policy.decode(prompt.prefix + c.token_ids) for c in group))
 
     told = None if done is None else lambda place, group: done(decoded(prompts[place], group))
-    completions = engine.sample(
-        prompts, num=num, sampling=sampling, seed=seed, first=first, done=told, trunk_layer=trunk_layer
-    )
+    keeping: dict[str, Any] = {} if trunk_layer is None else {"trunk_layer": trunk_layer}
+    completions = engine.sample(prompts, num=num, sampling=sampling, seed=seed, first=first, done=told, **keeping)
     return [decoded(prompt, group) for prompt, group in zip(prompts, completions, strict=True)]

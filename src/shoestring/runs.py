@@ -135,7 +135,14 @@ def _algorithm_name(values: Mapping[str, Any]) -> str:
 
 
 def _new_folder(out: str | None, task: str, algorithm: str) -> Path:
-    folder = Path(out) if out else _next_free(Path("runs"), f"{task}-{algorithm}")
+    while not out:  # another run may take the number first
+        folder = _next_free(Path("runs"), f"{task}-{algorithm}")
+        check_free(folder)
+        folder.parent.mkdir(exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    folder = Path(out)
     check_free(folder, "choose another folder, or go on with a run by --resume")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

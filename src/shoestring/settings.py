@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from shoestring import dotted
 from shoestring.errors import ConfigError, nearest
@@ -17,6 +18,18 @@ class Settings(BaseModel):
     """Base of all settings: frozen, and strict about names and types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_are_text(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in values.items()}
+
+
+def as_tuple(value: Any) -> Any:
+    """One text where several may stand."""
+    return (value,) if isinstance(value, str) else value
 
 
 def pick(table: dict[str, type[Any]], kind: str, value: Any, default: str = "") -> Any:

@@ -92,10 +92,11 @@ def warnings(done: Done, config: RunConfig) -> Iterator[str]:
     step, groups, result = done.step, done.sampled.groups, done.result
     scores = [score.value for group in groups for score in group.scores]
     cut = [completion.stop == "length" for group in groups for completion in group.completions]
-    if result.culprits:
+    if not result.finite:
+        whose = f" of {', '.join(result.culprits)}" if result.culprits else ""
         yield (
-            f"Step {step} was not applied: the loss or gradient of {', '.join(result.culprits)} is not finite "
-            f"(loss {result.loss}, norm {result.grad_norm})."
+            f"Step {step} was {'applied in part' if result.applied else 'not applied'}: the loss or gradient{whose} is "
+            f"not finite (loss {result.loss}, norm {result.grad_norm})."
         )
     for problem, count in Counter(done.sampled.scored.timed_out).items():
         yield (

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from shoestring.adapters.base import chosen_layers, decoder_layers, quiet_peft
 from shoestring.errors import ConfigError, nearest
 from shoestring.footprint import Trained
-from shoestring.settings import Settings
+from shoestring.settings import Settings, as_tuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +29,10 @@ class LoRA(Settings):
     name: Literal["lora"] = "lora"
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32, gt=0)
-    modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    modules: Annotated[
+        Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)],
+        BeforeValidator(lambda value: value if value == "all-linear" else as_tuple(value)),
+    ] = "all-linear"
     """Which linear layers inside the decoder layers, by the end of their name, such as ["q_proj", "v_proj"]."""
     layers: Literal["all", "last-third"] | int | tuple[int, ...] = "all"
     """"all", "last-third", a number n (the last n), or a list of layer numbers from 0. What lies below the lowest one

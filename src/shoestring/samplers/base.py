@@ -71,7 +71,8 @@ Told = Callable[[int, tuple[Completion, ...]], None]
 
 
 class Engine(Protocol):
-    """A sampler at work for one policy."""
+    """A sampler at work for one policy. One whose `keeps_trunk` is true is also given a `trunk_layer` in `sample` and
+    `rehearse`, and keeps what enters that layer."""
 
     @property
     def wave_tokens(self) -> int | None:
@@ -88,7 +89,6 @@ class Engine(Protocol):
         seed: int,
         first: int = 0,
         done: Told | None = None,
-        trunk_layer: int | None = None,
     ) -> list[tuple[Completion, ...]]:
         """`num` completions of each prompt. What a completion draws depends on (seed, place of the prompt, place of the
         completion, position) and on nothing else, so neither waves nor batch sizes choose it. Places of prompts are
@@ -98,9 +98,7 @@ class Engine(Protocol):
         begins anew because memory ran out, it may be told again; what counts is what is returned."""
         ...
 
-    def rehearse(
-        self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, trunk_layer: int | None = None
-    ) -> None:
+    def rehearse(self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling) -> None:
         """Takes the memory that sampling `num` full-length completions of each prompt takes at most, in little time."""
         ...
 

@@ -53,7 +53,6 @@ class HfEngine:
         seed: int,
         first: int = 0,
         done: Told | None = None,
-        trunk_layer: int | None = None,
     ) -> list[tuple[Completion, ...]]:
         places = [(p, g) for p in range(len(prompts)) for g in range(num)]
         if not places:
@@ -72,9 +71,7 @@ class HfEngine:
         return [tuple(found[p, g] for g in range(num)) for p in range(len(prompts))]
 
     @torch.no_grad()
-    def rehearse(
-        self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, trunk_layer: int | None = None
-    ) -> None:
+    def rehearse(self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling) -> None:
         places = [(p, g) for p in range(len(prompts)) for g in range(num)]
 
         def attempt(wave_tokens: int) -> None:

@@ -41,6 +41,7 @@ class File(Checked):
         source = self.name.partition(":")[2]
         rows, how = self._rows(source, split)
         problems = [self._problem(row, i, source) for i, row in enumerate(rows)]
+        _refuse_one_id_for_two(problems, source)
         if how == "hash":
             problems = [p for p in problems if _split_of(p) == split]
         elif how == "held back":
@@ -78,7 +79,8 @@ class File(Checked):
     def _problem(self, row: Row, index: int, source: str) -> Problem:
         where = f"{source} row {index + 1}"
         row = _parted(row)
-        question = row.get("prompt", row.get("question"))
+        asked = "question" if row.get("prompt") is None else "prompt"
+        question = row.get(asked)
         if question in ("", []):
             raise DataError(f"{where} has an empty prompt", "there is nothing to ask", "fill it in, or remove the row")
         if question is None:
@@ -86,8 +88,7 @@ class File(Checked):
             raise DataError(
                 f"{where} has the columns {columns}", "none of them asks", 'name one "prompt" or "question"'
             )
-        asked = "prompt" if "prompt" in row else "question"
-        meta: dict[str, Any] = {"columns": {k: v for k, v in row.items() if k not in (asked, "answer")}}
+        meta: dict[str, Any] = {"columns": {k: v for k, v in row.items() if k != asked}}
         if not isinstance(question, str):
             meta["messages"] = self._messages(question, where)
             question = meta["messages"][-1]["content"]
@@ -120,7 +121,7 @@ class File(Checked):
                 "messages are put to the model as they are",
                 "write it into the messages, or give the prompts as text",
             )
-        return [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
+        return [{"role": str(m["role"]), "content": _content(m["content"], where)} for m in value]
 
     def _answer(self, row: Row, where: str) -> str:
         if self.check == "none":
@@ -175,8 +176,38 @@ def _parted(row: Row) -> Row:
 def _text(completion: Any) -> str | None:
     """What a completion says, as text or as a list of one message; None if it is neither, or says nothing."""
     if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
-        completion = completion[0].get("content")
+        completion = _joined_parts(completion[0].get("content"))
     return completion if isinstance(completion, str) and completion.strip() else None
+
+
+def _content(content: Any, where: str) -> str:
+    text = _joined_parts(content)
+    if not isinstance(text, str):
+        raise DataError(
+            f"{where} has a message with the content {content!r}",
+            "it is not text, and models here read nothing else",
+            'write text, or parts such as [{"type": "text", "text": ...}]',
+        )
+    return text
+
+
+def _joined_parts(content: Any) -> Any:
+    """Content in parts of text, as OpenAI has it, is the text of these; any other is left as it is."""
+    in_parts = isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content)
+    return "".join(str(part.get("text", "")) for part in content) if in_parts else content
+
+
+def _refuse_one_id_for_two(problems: Sequence[Problem], source: str) -> None:
+    """Evaluations and what is held back go by ids."""
+    asked: dict[str, str] = {}
+    for problem in problems:
+        whole = _whole(problem.question, problem.meta)
+        if asked.setdefault(problem.id, whole) != whole:
+            raise DataError(
+                f'two rows of {source} with different prompts have the id "{problem.id}"',
+                'a column "id" tells problems apart',
+                "give each row an id of its own, or call the column something else",
+            )
 
 
 def _whole(question: str, meta: Mapping[str, Any]) -> str:

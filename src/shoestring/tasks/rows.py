@@ -111,7 +111,18 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 def _read_csv(path: Path) -> list[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        rows: list[Row] = []
+        for row in reader:
+            if None in row:
+                names = reader.fieldnames or ()
+                raise DataError(
+                    f"{path}, line {reader.line_num} has {len(names) + len(row[None])} fields",
+                    f"the header names {len(names)} ({', '.join(names)})",
+                    'put what holds a comma into quotes, such as "1,000"',
+                )
+            rows.append(row)
+        return rows
 
 
 def _read_parquet(path: Path) -> list[Row]:

@@ -1,0 +1,78 @@
+"""A group's credit as training may take it: from the completions that were scored, and checked."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from shoestring.algorithms.base import Algorithm
+from shoestring.errors import ConfigError
+from shoestring.types import Credit, Group
+
+
+def credit_of(algorithm: Algorithm, group: Group, generator: torch.Generator) -> Credit:
+    """The algorithm's credit for the completions that were scored; raises `ConfigError` if it is not of that group.
+
+    The others teach nothing. As in TRL they are no part of a mean or a deviation, but count in the average over the
+    group: weights are those of the others, times their share of the group.
+    """
+    places, part = scored_part(group)
+    if len(places) < algorithm.least_completions:
+        none = torch.zeros(0)
+        return Credit(none.long(), none.long(), none, none)
+    credit = algorithm.credit(part, generator)
+    _check(credit, part, algorithm.name)
+    if part is group:
+        return credit
+    share = len(places) / len(group.completions)
+    kl_weight = None if credit.kl_weight is None else credit.kl_weight * share
+    return replace(credit, row=torch.tensor(places)[credit.row], weight=credit.weight * share, kl_weight=kl_weight)
+
+
+def scored_part(group: Group) -> tuple[list[int], Group]:
+    """The places of the completions that were scored, and a group of these."""
+    places = [i for i, score in enumerate(group.scores) if not score.parts.get("unscored")]
+    if len(places) == len(group.scores):
+        return places, group
+    completions, scores = (tuple(all_of[i] for i in places) for all_of in (group.completions, group.scores))
+    return places, replace(group, completions=completions, scores=scores)
+
+
+def _check(credit: Credit, group: Group, name: str) -> None:
+    what = _wrong_with(credit, group)
+    if what:
+        raise ConfigError(
+            f"algorithm {name} gave credit whose {what}",
+            "credit names tokens of the group's completions, each at most once, with finite numbers",
+            "mend its `credit`: row, col, advantage and weight are tensors of one length (see shoestring.types.Credit)",
+        )
+
+
+def _wrong_with(credit: object, group: Group) -> str:
+    """What cannot be, if anything."""
+    if not isinstance(credit, Credit):
+        return f"type is {type(credit).__name__}"
+    parts = {f.name: value for f in fields(credit) if (value := getattr(credit, f.name)) is not None}
+    for name, value in parts.items():
+        if not isinstance(value, Tensor) or value.dim() != 1:
+            return f"{name} is {f'of shape {list(value.shape)}' if isinstance(value, Tensor) else repr(value)}"
+        if len(value) != len(credit.row):
+            return f"{name} has {len(value)} numbers, and row {len(credit.row)}"
+        if name in ("row", "col") and value.dtype != torch.int64:
+            return f"{name} is of {value.dtype}, not torch.int64"
+        if not bool(value.isfinite().all()):
+            return f"{name} is not finite"
+    row, col = credit.row, credit.col
+    lengths = torch.tensor([len(completion.token_ids) for completion in group.completions])
+    outside = (row < 0) | (row >= len(lengths))
+    if bool(outside.any()):
+        return f"row is {int(row[outside][0])}, in a group of {len(lengths)} completions"
+    outside = (col < 0) | (col >= lengths[row])
+    if bool(outside.any()):
+        at = int(row[outside][0])
+        return f"col is {int(col[outside][0])}, in completion {at}, which has {int(lengths[at])} tokens"
+    if len((row * (int(lengths.max()) + 1) + col).unique()) < len(row):
+        return "row and col name a token twice"
+    return ""
