@@ -31,8 +31,8 @@ class ModelSettings(Settings):
     """`model`: a string is short for a table with that `name`."""
 
     name: str = TINY
-    """"tiny" (the embedded default), "smollm2-135m", a hub id, a folder, a .gguf file, the folder of a run, or one of
-    its checkpoints."""
+    """"tiny" (the embedded default), "smollm2-135m", a hub id, a folder, a .gguf file; where nothing is to be trained,
+    also the folder of a run, or one of its checkpoints."""
     dtype: Literal["auto", "bf16", "fp16", "fp32", "nf4"] = "auto"
     """Type of the base weights; "auto" is bf16 on a GPU and fp32 on the CPU. "nf4" holds the layers' matrices in 4 bits
     (arXiv 2305.14314) and computes in the type of "auto"; it needs the extra nf4."""
