@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from shoestring.config import OptimSettings
-from shoestring.optim import clip_gradient, learning_rate
+from shoestring.loss import Objective
+from shoestring.optim import clip_gradient, learning_rate, update
 from test_policy import batches_of, sampled_groups
 from tiny import FAMILIES, random_policy
 
@@ -58,3 +59,27 @@ def test_the_rate_rises_then_follows_its_schedule() -> None:
     assert [learning_rate(s, 4, linear) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
     cosine = OptimSettings(lr=1.0, warmup_steps=0, schedule="cosine")
     assert [round(learning_rate(s, 4, cosine), 4) for s in range(4)] == [1.0, 0.8536, 0.5, 0.1464]
+
+
+def test_the_penalty_on_the_weights_reaches_the_update() -> None:
+    """Beside the same step without it: the loss grows by l2 times the sum of squares, the gradient by 2 l2 times the
+    weights."""
+    policy = random_policy("llama")
+    trained = policy.trained().values()
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(p.shape, generator=generator) * 0.1 for p in trained]
+    batches = batches_of(sampled_groups(policy, lengths=(5, 9), new=6))
+    losses, moved = [], []
+    for l2 in (0.0, 0.01):
+        with torch.no_grad():
+            for parameter, value in zip(trained, start, strict=True):
+                parameter.copy_(value)
+        plain = torch.optim.SGD(list(trained), lr=1.0)
+        objective = Objective(beta=0.0, clip_low=0.2, clip_high=0.2, updates=1, l2=l2)
+        report = update(policy, plain, batches, objective, temperature=1.0, max_grad_norm=1e9, checkpointing=False)
+        losses.append(report.loss)
+        moved.append([parameter.detach() - value for parameter, value in zip(trained, start, strict=True)])
+    squares = sum(value.square().sum().item() for value in start)
+    assert losses[1] - losses[0] == pytest.approx(0.01 * squares, rel=1e-4)
+    for without, with_it, value in zip(*moved, start, strict=True):
+        torch.testing.assert_close(with_it - without, -2 * 0.01 * value, atol=1e-5, rtol=1e-3)
