@@ -18,9 +18,11 @@ from triton.compiler import ASTSource
 from shoestring.kernels import decode
 from shoestring.samplers.fused import Fused
 
-INTEGERS = ("rows", "outs", "inputs", "tail", "x_stride", "layer", "stride", "window")
+INTEGERS = ("rows", "outs", "inputs", "tail", "parts", "x_stride", "layer", "stride", "window")
 SINGLES = ("eps", "scale", "scaling")
-TABLES = {"info": "*i32", "where": "*i64", "inv_freq": "*fp32", "mass": "*fp32"}
+TABLES = {"info": "*i32", "where": "*i64", "arrived": "*i32"} | dict.fromkeys(
+    ("inv_freq", "mass", "squares", "sums", "part"), "*fp32"
+)
 # What the launcher finds out by itself: addresses and sizes that are multiples of 16.
 ALIGNED = ("outs", "inputs", "tail", "x_stride", "stride")
 
@@ -35,29 +37,35 @@ def compiled(kernel: Any, capability: int, constants: dict[str, Any], stages: in
     names = enumerate(kernel.arg_names)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in names if types[name][0] == "*" or name in ALIGNED}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_stages": stages})
+    options = {"num_stages": stages, "launch_pdl": constants["EARLY"]}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     text = made.asm["ptx"]
+    before, _, _ = text.partition("griddepcontrol.wait")
     return {
         "kernel": kernel.fn.__name__,
         **constants,
         "shared": made.metadata.shared,
         "ahead": len(re.findall(r"cp\.async\.cg\.shared\.global .*\], 0x10", text)),
         "one by one": len(re.findall(r"ld\.global\S*\.b16 ", text)),
+        "too early": len(re.findall(r"cp\.async\.cg|st\.global", before)) if constants["EARLY"] else 0,
+        "let go": text.count("griddepcontrol.launch_dependents"),
     }
 
 
 def main(capability: int, shared: int) -> None:
-    do, found = Fused(shared=shared * 2**10), []
-    for rows, outs in ((16, 3072), (64, 576), (256, 576)):
-        for norm, gated in ((True, False), (True, True), (False, False)):
-            block_m, block_n, block_k, stages = do.blocks(rows, outs, 64, 2, gated=gated)
-            sizes = {"RANK": 64, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
-            constants = {"NORM": norm, "BIAS": norm, "GATED": gated, "ADD": not norm, **sizes}
-            found.append(compiled(decode.product, capability, constants, stages))
+    early = capability >= 90
+    do, found = Fused(shared=shared * 2**10, early=early), []
+    for rows, outs, inputs in ((16, 3072, 576), (64, 576, 1536), (256, 576, 576)):
+        for norm, gated, rank in ((True, False, 64), (True, True, 64), (False, False, 64), (False, False, 0)):
+            tile = do.tile(rows, outs, inputs, rank, 2, gated=gated)
+            sizes = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.terms, "SPLITS": tile.splits}
+            kind = {"NORM": norm, "BIAS": norm, "GATED": gated, "ADD": not norm, "GAIN": not norm, "RANK": rank}
+            constants = {**kind, "PARTS": 64 if norm else 1, "EARLY": early, "FETCH": early, **sizes}
+            found.append(compiled(decode.product, capability, constants, tile.stages))
     for size in (64, 128, 256):
         block, stages = do.block(size, 2)
-        constants = {"KV": 2, "REPEAT": 6, "PADDED": 16, "D": size, "BLOCK": block, "SPLITS": 1, "NORM": False}
-        found.append(compiled(decode.attend, capability, constants, stages))
+        sizes = {"KV": 2, "REPEAT": 6, "PADDED": 16, "D": size, "BLOCK": block, "SPLITS": 1}
+        found.append(compiled(decode.attend, capability, {**sizes, "NORM": False, "EARLY": early}, stages))
     print(json.dumps(found))
 
 

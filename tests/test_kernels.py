@@ -9,6 +9,7 @@ import subprocess
 import sys
 from copy import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from shoestring.samplers import Sampling, fused
 from shoestring.samplers.fused import Fused
 from shoestring.samplers.graph import GraphEngine
 from shoestring.samplers.hf import HfEngine
-from shoestring.samplers.operations import Heads, Keys, Table
+from shoestring.samplers.operations import Heads, Keys, Stream, Table
 from shoestring.samplers.plain import Plain
 from shoestring.types import Paths
 from test_packing import some_step
@@ -171,24 +172,48 @@ class Thin:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("rows", [1, 5, 70])
-@pytest.mark.parametrize(("outs", "inputs", "tail", "bias"), [(96, 64, 8, False), (200, 72, 24, True)])
+@pytest.mark.parametrize(("outs", "inputs", "tail", "bias"), [(96, 64, 8, False), (200, 72, 24, True), (40, 400, 0, True)])
 def test_products(rows: int, outs: int, inputs: int, tail: int, bias: bool, dtype: torch.dtype) -> None:
-    x, product, do = normal(rows, inputs, dtype=dtype) * 3, Thin(outs, inputs, tail, bias, dtype), Fused()
+    """Of a stream that a product has been added to, whose kernel has begun its norm, and of one without. The last of
+    the sizes has sums that programs share."""
+    x, do = normal(rows, inputs, dtype=dtype) * 3, Fused()
+    product, before = Thin(outs, inputs, tail, bias, dtype), Thin(inputs, outs, tail, bias, dtype)
     norm = normal(inputs, seed=6, dtype=dtype)
     assert do.one_kernel(x, product)
-    y = normal(rows, inputs + 8, seed=7, dtype=dtype)[:, :inputs]
+    y = normal(rows, outs + 8, seed=7, dtype=dtype)[:, :outs]
     results = []
     for operations, single in ((do, False), (Plain(), False), (Plain(), True)):
-        a, b, gain, thin = (x.float(), y.float(), norm.float(), product.single()) if single else (x, y, norm, product)
-        sums = normal(rows, outs, seed=8, dtype=dtype).to(a.dtype)
-        operations.add_linear(sums, b, thin)
-        normed = (operations.normed_linear(a, gain, 1e-6, thin), operations.normed_gated(a, gain, 1e-6, thin))
-        results.append((*normed, sums))
+        given, also, gain = (x.float(), y.float(), norm.float()) if single else (x.clone(), y, norm)
+        thin, first = (product.single(), before.single()) if single else (product, before)
+        stream = Stream(given)
+        found = []
+        for _ in range(2):
+            found.append(operations.normed_linear(stream, gain, 1e-6, thin))
+            if outs % 2 == 0:
+                found.append(operations.normed_gated(stream, gain, 1e-6, thin))
+            operations.add_linear(stream, also, first, gain)
+        assert (stream.gained is not None) == (operations is do)
+        operations.add_linear(stream, also, first, None)
+        assert stream.gained is None
+        results.append((*found, stream.x))
     for found, wanted, exact in zip(*results, strict=True):
         if dtype == torch.float32:
-            close(found, wanted)
+            torch.testing.assert_close(found, wanted, atol=3e-5, rtol=3e-5)
         else:  # which rounds elsewhere, but not more
             assert (found.float() - exact).abs().max() <= 2 * (wanted.float() - exact).abs().max()
+
+
+def test_programs_that_share_a_sum_leave_their_counters_as_they_were() -> None:
+    do, product = Fused(), Thin(40, 400, 8, False, torch.float32)
+    assert do.tile(5, 40, 400, 16, 4, gated=False).splits > 1
+    results = []
+    for _ in range(2):
+        stream = Stream(torch.zeros(5, 40, device=DEVICE))
+        do.add_linear(stream, normal(5, 400), product, None)
+        results.append(stream.x)
+    assert torch.equal(*results)
+    assert do._arrived is not None
+    assert not do._arrived.any()
 
 
 def test_parts_of_attention_are_none_too_small() -> None:
@@ -204,24 +229,33 @@ def test_a_product_in_half_precision_norms_first() -> None:
     """In fp16 what the norm divides by is divided by before anything is multiplied."""
     x, product = normal(5, 64) * 3e4, Thin(96, 64, 8, False, torch.float16)
     x, norm = x.clamp(-6e4, 6e4).half(), torch.full((64,), 8.0, device=DEVICE).half()
-    found = Fused().normed_linear(x, norm, 1e-6, product)
-    assert found.isfinite().all()
-    torch.testing.assert_close(found, Plain().normed_linear(x, norm, 1e-6, product), atol=5e-2, rtol=1e-2)
+    back = Thin(64, 96, 8, False, torch.float16)
+    for do in (Fused(), Plain()):
+        stream = Stream(x.clone())
+        do.add_linear(stream, normal(5, 96, seed=7).half(), back, norm)
+        found = do.normed_linear(stream, norm, 1e-6, product)
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, Plain().normed_linear(Stream(stream.x), norm, 1e-6, product), atol=5e-2, rtol=1e-2)
 
 
 def test_which_products_are_one_kernel() -> None:
-    x, do = normal(4, 64), Fused()
-    assert not do.one_kernel(x, Thin(96, 64, 0, False, torch.float32))
-    long = Thin(16, 8192, 8, False, torch.float32)
-    assert not do.one_kernel(normal(4, 8192), long)
-    close(
-        do.normed_linear(normal(4, 8192), norm := normal(8192, seed=6), 1e-6, long),
-        long(do.norm(normal(4, 8192), norm, 1e-6)),
-    )
-    assert not do.one_kernel(x, Thin(96, 64, 72, False, torch.float32))  # too wide an A to be held beside the sums
-    quantised = Thin(96, 64, 8, False, torch.float32)
-    quantised.weight = None  # type: ignore[assignment]
-    assert not do.one_kernel(x, quantised)
+    do = Fused()
+    for rows, outs, inputs, tail, one in (
+        (4, 96, 64, 0, True),
+        (4, 96, 64, 72, False),  # too wide an A to be held beside the sums
+        (64, 4096, 4096, 0, True),
+        (64, 4096, 4104, 0, False),
+        (64, 4096, 8192, 8, True),
+        (65, 4096, 8192, 8, False),
+        (513, 96, 64, 8, False),
+    ):
+        product: Any = SimpleNamespace(weight=torch.empty(outs, inputs, device="meta"), down=torch.empty(tail, inputs))
+        assert do.one_kernel(torch.empty(rows, 1), product) == one
+    quantised: Any = SimpleNamespace(weight=None, down=torch.empty(8, 64))
+    assert not do.one_kernel(torch.empty(4, 1), quantised)
+    wide = Thin(96, 64, 72, False, torch.float32)
+    x, norm = normal(4, 64), normal(64, seed=6)
+    close(do.normed_linear(Stream(x), norm, 1e-6, wide), wide(do.norm(x, norm, 1e-6)))
 
 
 @pytest.mark.parametrize(("shared", "stages"), [(227, 4), (99, 2), (48, 1), (8, 1)])
@@ -229,7 +263,7 @@ def test_cards_with_less_shared_memory_load_fewer_steps_ahead(shared: int, stage
     do = Fused(shared=shared * 2**10)
     assert do.stages(36 * 2**10, 4) == stages
     x, product, norm = normal(5, 72), Thin(96, 72, 8, False, torch.float32), normal(72, seed=6)
-    close(do.normed_linear(x, norm, 1e-6, product), Plain().normed_linear(x, norm, 1e-6, product))
+    close(do.normed_linear(Stream(x), norm, 1e-6, product), Plain().normed_linear(Stream(x), norm, 1e-6, product))
 
 
 def table(rows: int, width: int, vocab_size: int = 50) -> Table:
@@ -305,13 +339,17 @@ def test_attention(
 @pytest.mark.parametrize(("capability", "shared"), [(80, 163), (89, 99), (90, 227)])
 def test_kernels_compile_for_cards_that_are_not_here(capability: int, shared: int) -> None:
     """For an A100, an RTX 4090 and an H100: within their shared memory, and loading ahead in whole lines. Where nothing
-    tells that the cache's addresses are aligned, attention loads each number by itself, when it is needed."""
+    tells that the cache's addresses are aligned, attention loads each number by itself, when it is needed. Kernels that
+    start early write and load ahead nothing before they have waited."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name("compiled.py")), str(capability), str(shared)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout)
-    assert len(found) == 12
+    assert len(found) == 15
+    assert {made["SPLITS"] for made in found} == {1, 4}
     for made in found:
+        assert made["too early"] == 0, made
+        assert made["let go"] == made["EARLY"] == (capability >= 90), made
         assert made["shared"] <= shared * 2**10
         assert made["ahead"] >= 8, made
         assert made["one by one"] < 8, made

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # `Table.info` and `Table.where`, as in the latter.
 SLOT = tl.constexpr(0)
@@ -38,60 +39,120 @@ def add_norm(x, y, weight, out, x_stride, y_stride, width, eps, ADD: tl.constexp
 
 
 @triton.jit
+def fetch(weight, first, count, inputs, start, stop, LANES: tl.constexpr):
+    """Asks for columns `start` to `stop` of `count` rows of a matrix, [*, inputs], to be brought to the L2 cache."""
+    line: tl.constexpr = 128 // (weight.dtype.element_ty.primitive_bitwidth // 8)
+    lines = tl.cdiv(stop - start, line)
+    for at in range(0, count * lines, LANES):
+        i = tl.minimum(at + tl.arange(0, LANES), count * lines - 1)
+        place = weight + (first + i // lines).to(tl.int64) * inputs + start + (i % lines) * line
+        prefetch: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(prefetch, "=r,l", [place.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def product(
-    x, gain, weight, bias, down, up, out, rows, outs, inputs, tail, x_stride, eps,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, GATED: tl.constexpr,
-    ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, squares, weight, bias, down, up, out, gain, gained, sums, part, arrived,
+    rows, outs, inputs, tail, parts, x_stride, eps,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
+    GAIN: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr, FETCH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x weight^T + bias + (x down^T) up^T, [rows, outs]; GATED: silu of such a one times another,
-    whose weights, bias and `up` lie `outs` rows behind. NORM: of x's RMS norm, whose scale is found on the way and
-    multiplies the sums. ADD: added to what is there. RANK, 16 or more, is a power of 2 of `tail` or above it."""
-    n, m = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r, k = tl.arange(0, RANK), tl.arange(0, BLOCK_K)
+    """x weight^T + bias + (x down^T) up^T, [rows, outs]; GATED: silu of such a one times another, whose weights, bias and
+    `up` lie `outs` rows behind. NORM: x has been multiplied by an RMS norm's weight, and its `parts` of a sum of squares
+    are at hand, whose scale multiplies the sums. ADD: added to what is there; with GAIN the result is also kept times
+    the next norm's `gain`, and the sum of its squares in this block. RANK, 0 or 16 or more, is a power of 2 of `tail` or
+    above it. SPLITS programs share the terms of a sum; the last to arrive adds up what they have found, in order.
+
+    What does not hang on the kernel before is done in front of `gdc_wait`, where kernels start EARLY."""
     dtype: tl.constexpr = out.dtype.element_ty
     exact: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"  # pyright: ignore[reportAssignmentType]
+    first = tl.program_id(0) * BLOCK_N
+    n, m = first + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    each = tl.cdiv(inputs, SPLITS * BLOCK_K) * BLOCK_K
+    begin = tl.program_id(2) * each
+    end = tl.minimum(begin + each, inputs)
+    if FETCH:
+        count = tl.minimum(BLOCK_N, outs - first)
+        fetch(weight, first, count, inputs, begin, end, 128)
+        if GATED:
+            fetch(weight, first + outs, count, inputs, begin, end, 128)
+    if RANK:
+        r = tl.arange(0, RANK)
+        thin = (n[None, :] < outs) & (r[:, None] < tail)
+        ups = up + n[None, :] * tail + r[:, None]
+        b = tl.load(ups, thin, 0.0)
+        if GATED:
+            more_b = tl.load(ups + outs * tail, thin, 0.0)
+        ds = down + r[None, :] * inputs + k[:, None]
+        inner = tl.zeros((BLOCK_M, RANK), tl.float32)
+    if GAIN:
+        factor = tl.load(gain + n, n < outs, 0.0).to(tl.float32)
+    if EARLY:
+        gdc_wait()
+    here = (m[:, None] < rows) & (n[None, :] < outs)
+    spot = m[:, None] * outs + n[None, :]
+    if NORM:
+        p = tl.arange(0, PARTS)
+        square = tl.load(squares + m[:, None] * parts + p[None, :], (m[:, None] < rows) & (p[None, :] < parts), 0.0)
+    if ADD and SPLITS == 1:
+        before = tl.load(out + spot, here, 0.0)
     xs = x + m[:, None] * x_stride + k[None, :]
     ws = weight + n[None, :] * inputs + k[:, None]
-    ds = down + r[None, :] * inputs + k[:, None]
     found = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     more = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    inner = tl.zeros((BLOCK_M, RANK), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, inputs, BLOCK_K):
+    for start in range(begin, end, BLOCK_K):
         left = inputs - start
         given = tl.load(xs + start, (m[:, None] < rows) & (k[None, :] < left), 0.0)
-        if NORM:
-            wide = given.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-            given = (wide * tl.load(gain + start + k, k < left, 0.0).to(tl.float32)[None, :]).to(dtype)
         real = (n[None, :] < outs) & (k[:, None] < left)
         found = tl.dot(given, tl.load(ws + start, real, 0.0), found, input_precision=exact)
         if GATED:
             more = tl.dot(given, tl.load(ws + outs * inputs + start, real, 0.0), more, input_precision=exact)
-        thin = tl.load(ds + start, (r[None, :] < tail) & (k[:, None] < left), 0.0)
-        inner = tl.dot(given, thin, inner, input_precision=exact)
+        if RANK:
+            a = tl.load(ds + start, (r[None, :] < tail) & (k[:, None] < left), 0.0)
+            inner = tl.dot(given, a, inner, input_precision=exact)
+    if EARLY:
+        gdc_launch_dependents()
     if NORM:
-        scale = tl.rsqrt(squares / inputs + eps)[:, None]
+        scale = tl.rsqrt(tl.sum(square, 1) / inputs + eps)[:, None]
         found *= scale
         more *= scale
-        inner *= scale
-    us = up + n[None, :] * tail + r[:, None]
-    real = (n[None, :] < outs) & (r[:, None] < tail)
-    found = tl.dot(inner.to(dtype), tl.load(us, real, 0.0), found, input_precision=exact)
-    if BIAS:
-        found += tl.load(bias + n, n < outs, 0.0).to(tl.float32)[None, :]
-    if GATED:
-        more = tl.dot(inner.to(dtype), tl.load(us + outs * tail, real, 0.0), more, input_precision=exact)
+        if RANK:
+            inner *= scale
+    if RANK:
+        found = tl.dot(inner.to(dtype), b, found, input_precision=exact)
+        if GATED:
+            more = tl.dot(inner.to(dtype), more_b, more, input_precision=exact)
+    last = first >= 0
+    if SPLITS > 1:
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(part + tl.program_id(2) * rows * outs + spot, found, here)
+        tl.debug_barrier()  # all of it is there before one thread says so
+        last = tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+        if last:
+            tl.store(arrived + tile, 0)
+            found = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for split in tl.static_range(SPLITS):
+                found += tl.load(part + split * rows * outs + spot, here, 0.0, cache_modifier=".cg")
+    if last:
         if BIAS:
-            more += tl.load(bias + outs + n, n < outs, 0.0).to(tl.float32)[None, :]
-        gate = found.to(dtype).to(tl.float32)
-        active = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
-        found = active * more.to(dtype).to(tl.float32)
-    here = (m[:, None] < rows) & (n[None, :] < outs)
-    target = out + m[:, None] * outs + n[None, :]
-    if ADD:
-        found += tl.load(target, here, 0.0).to(tl.float32)
-    tl.store(target, found.to(dtype), here)
+            found += tl.load(bias + n, n < outs, 0.0).to(tl.float32)[None, :]
+        if GATED:
+            if BIAS:
+                more += tl.load(bias + outs + n, n < outs, 0.0).to(tl.float32)[None, :]
+            gate = found.to(dtype).to(tl.float32)
+            active = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+            found = active * more.to(dtype).to(tl.float32)
+        if ADD:
+            if SPLITS > 1:
+                before = tl.load(out + spot, here, 0.0)
+            found += before.to(tl.float32)
+        tl.store(out + spot, found.to(dtype), here)
+        if GAIN:
+            wide = found.to(dtype).to(tl.float32)
+            tl.store(gained + spot, (wide * factor[None, :]).to(dtype), here)
+            tl.store(sums + m * tl.num_programs(0) + tl.program_id(0), tl.sum(wide * wide, 1), m < rows)
 
 
 @triton.jit
@@ -245,11 +306,21 @@ def spread_back(
 
 
 @triton.jit
-def rotated(source, real, gain, inv_freq, position, eps, scaling, NORM: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
-    """Heads of D numbers that lie one behind the other, N of them, normed and rotated, [N, D] as they are stored."""
+def angles(inv_freq, position, scaling, D: tl.constexpr, dtype: tl.constexpr):
+    """Cosines, and sines with the sign that they have in each half, [D] each, rounded as they are stored."""
     half: tl.constexpr = D // 2
     cols = tl.arange(0, D)
-    across = (cols + half) % D
+    angle = position.to(tl.float32) * tl.load(inv_freq + cols % half)
+    cos = (tl.cos(angle) * scaling).to(dtype).to(tl.float32)
+    sin = (tl.sin(angle) * scaling).to(dtype).to(tl.float32)
+    return cos, tl.where(cols < half, -sin, sin)
+
+
+@triton.jit
+def rotated(source, real, gain, cos, sin, eps, NORM: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+    """Heads of D numbers that lie one behind the other, N of them, normed and rotated, [N, D] as they are stored."""
+    cols = tl.arange(0, D)
+    across = (cols + D // 2) % D
     dtype: tl.constexpr = source.dtype.element_ty
     heads = source + tl.arange(0, N)[:, None] * D
     a = tl.load(heads + cols[None, :], real[:, None], 0.0).to(tl.float32)
@@ -260,10 +331,6 @@ def rotated(source, real, gain, inv_freq, position, eps, scaling, NORM: tl.const
         c = (c * scale).to(dtype).to(tl.float32) * tl.load(gain + across).to(tl.float32)[None, :]
         a = a.to(dtype).to(tl.float32)
         c = c.to(dtype).to(tl.float32)
-    angle = position.to(tl.float32) * tl.load(inv_freq + cols % half)
-    cos = (tl.cos(angle) * scaling).to(dtype).to(tl.float32)
-    sin = (tl.sin(angle) * scaling).to(dtype).to(tl.float32)
-    sin = tl.where(cols < half, -sin, sin)
     return (a * cos[None, :] + c * sin[None, :]).to(dtype)
 
 
@@ -271,9 +338,10 @@ def rotated(source, real, gain, inv_freq, position, eps, scaling, NORM: tl.const
 def attend(
     qkv, out, mass, info, rows, where, inv_freq, q_norm, k_norm, layer, stride, scale, window, eps, scaling,
     KV: tl.constexpr, REPEAT: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, NORM: tl.constexpr,
+    SPLITS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The first split begins with the newest token, which it takes to the cache; the others find what was there."""
+    """The first split begins with the newest token, which it takes to the cache; the others find what was there. Where
+    kernels start EARLY, that is on its way to the L2 cache before `qkv` is there."""
     b = tl.program_id(0).to(tl.int64)
     kv = tl.program_id(1)
     split = tl.program_id(2)
@@ -296,32 +364,42 @@ def attend(
     own_keys = (tl.load(where + 2) + own_offset).to(tl.pointer_type(dtype))
     own_values = (tl.load(where + 3) + own_offset).to(tl.pointer_type(dtype))
 
-    heads = tl.arange(0, PADDED)
-    cols = tl.arange(0, D)
-    real = heads < REPEAT
-    first = (b * KV + kv) * REPEAT
-    here = qkv + b * stride
-    position = behind + length
-    query = rotated(here + kv * (REPEAT * D), real, q_norm, inv_freq, position, eps, scaling, NORM, PADDED, D)
-    top = tl.full([PADDED], float("-inf"), tl.float32)
-    total = tl.zeros([PADDED], tl.float32)
-    found = tl.zeros([PADDED, D], tl.float32)
-    if (split == 0) & (done == 0):
-        here += (KV * REPEAT + kv) * D
-        only = tl.full([1], 1, tl.int1)
-        new = rotated(here, only, k_norm, inv_freq, position, eps, scaling, NORM, 1, D)
-        value = tl.load(here + KV * D + cols)
-        tl.store(tl.multiple_of(own_keys, 16) + length * D + cols[None, :], new)
-        tl.store(tl.multiple_of(own_values, 16) + length * D + cols, value)
-        top = tl.sum(query.to(tl.float32) * new.to(tl.float32), 1) * scale
-        total += 1.0
-        found += value.to(tl.float32)[None, :]
     prompt_blocks = tl.cdiv(behind, BLOCK)
     blocks = prompt_blocks + tl.cdiv(length, BLOCK)
     blocks = tl.where(done == 0, blocks, 0)
     each = tl.cdiv(blocks, SPLITS)
     start = split * each
     stop = tl.minimum(start + each, blocks)
+    position = behind + length
+    cos, sin = angles(inv_freq, position, scaling, D, dtype)
+    if EARLY:
+        for j in range(start, stop):
+            in_prompt = j < prompt_blocks
+            at = tl.where(in_prompt, j, j - prompt_blocks) * BLOCK
+            end = tl.minimum(at + BLOCK, tl.where(in_prompt, behind, length))
+            fetch(tl.where(in_prompt, prompt_keys, own_keys), 0, 1, 0, at * D, end * D, BLOCK * D * size // 128)
+            fetch(tl.where(in_prompt, prompt_values, own_values), 0, 1, 0, at * D, end * D, BLOCK * D * size // 128)
+        gdc_wait()
+
+    heads = tl.arange(0, PADDED)
+    cols = tl.arange(0, D)
+    real = heads < REPEAT
+    first = (b * KV + kv) * REPEAT
+    here = qkv + b * stride
+    query = rotated(here + kv * (REPEAT * D), real, q_norm, cos, sin, eps, NORM, PADDED, D)
+    top = tl.full([PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([PADDED], tl.float32)
+    found = tl.zeros([PADDED, D], tl.float32)
+    if (split == 0) & (done == 0):
+        here += (KV * REPEAT + kv) * D
+        only = tl.full([1], 1, tl.int1)
+        new = rotated(here, only, k_norm, cos, sin, eps, NORM, 1, D)
+        value = tl.load(here + KV * D + cols)
+        tl.store(tl.multiple_of(own_keys, 16) + length * D + cols[None, :], new)
+        tl.store(tl.multiple_of(own_values, 16) + length * D + cols, value)
+        top = tl.sum(query.to(tl.float32) * new.to(tl.float32), 1) * scale
+        total += 1.0
+        found += value.to(tl.float32)[None, :]
     for j in range(start, stop):
         in_prompt = j < prompt_blocks
         at = tl.where(in_prompt, j, j - prompt_blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -342,6 +420,8 @@ def attend(
         total = total * decay + tl.sum(power, 1)
         found = found * decay[:, None] + tl.dot(power.to(dtype), values, input_precision="ieee")
         top = higher
+    if EARLY:
+        gdc_launch_dependents()
     some = tl.where(total == 0, 1.0, total)
     found = found / some[:, None]
     if SPLITS == 1:
@@ -353,7 +433,9 @@ def attend(
 
 
 @triton.jit
-def combine(part, mass, out, D: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr):
+def combine(part, mass, out, D: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        gdc_wait()
     at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     splits = tl.arange(0, PADDED)
     cols = tl.arange(0, D)
@@ -363,6 +445,8 @@ def combine(part, mass, out, D: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.c
     weight = tl.exp(weight - tl.where(top == float("-inf"), 0.0, top))
     weight = weight / tl.maximum(tl.sum(weight, 0), 1e-30)
     parts = tl.load(part + (at * SPLITS + splits)[:, None] * D + cols[None, :], real[:, None], 0.0)
+    if EARLY:
+        gdc_launch_dependents()
     tl.store(out + at * D + cols, tl.sum(parts * weight[:, None], 0).to(out.dtype.element_ty))
 
 

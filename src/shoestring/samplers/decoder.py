@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from shoestring.products import add_product
 from shoestring.samplers.base import Sampling
 from shoestring.samplers.fused import Fused, has_flash
-from shoestring.samplers.operations import Heads, Operations, Table
+from shoestring.samplers.operations import Heads, Operations, Stream, Table
 from shoestring.samplers.plain import Plain, keep_entropy
 
 if TYPE_CHECKING:
@@ -397,15 +397,16 @@ class Decoder:
         """Runs each row's next token, writing its keys and values: [B, H] behind the last norm."""
         do, eps = self.operations, self.eps
         do.begin(rows, table, self.heads)
-        x = F.embedding(table.info[rows, -1].long(), self.embedding)
-        for index, layer in enumerate(self.layers):
+        stream = Stream(F.embedding(table.info[rows, -1].long(), self.embedding))
+        next_norms = [*(layer.first_norm for layer in self.layers[1:]), None]
+        for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
             if index == trunk_layer:
-                do.keep(x, rows, table)
-            qkv = do.normed_linear(x, layer.first_norm, eps, layer.qkv)
+                do.keep(stream.x, rows, table)
+            qkv = do.normed_linear(stream, layer.first_norm, eps, layer.qkv)
             found = do.attend(qkv, rows, table, index, self.heads, layer.head_norms, layer.window)
-            do.add_linear(x, found, layer.out)
-            do.add_linear(x, do.normed_gated(x, layer.second_norm, eps, layer.gate_up), layer.down)
-        return do.norm(x, self.last_norm, eps)
+            do.add_linear(stream, found, layer.out, layer.second_norm)
+            do.add_linear(stream, do.normed_gated(stream, layer.second_norm, eps, layer.gate_up), layer.down, next_norm)
+        return do.norm(stream.x, self.last_norm, eps)
 
 
 def _window(config: Any, layer: int) -> int | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shoestring.samplers.base import Sampling
-from shoestring.samplers.operations import Heads, Product, Table
+from shoestring.samplers.operations import Heads, Product, Stream, Table
 from shoestring.samplers.plain import Plain
 from shoestring.types import Paths
 
@@ -17,17 +17,26 @@ from shoestring.types import Paths
 _DRAW_BLOCK = 4096
 # Blocks of tokens that a part of attention has at least.
 _LEAST_BLOCKS = 4
-# Products with LoRA are one kernel up to so many rows, and up to sizes that differ for few rows and for more: where it
-# proved faster than three of cuBLAS, on an H100 with ranks of 16.
-_FEW_ROWS, _MOST_ROWS, _MOST_RANKS = 64, 512, 64
+# Up to so many rows a product takes long steps of few columns.
+_FEW_ROWS = 64
+# A product is one kernel up to so many multiplications and rows, with an A and a B beside it up to twice as many, of at
+# most so many ranks: where it proved faster than norm, cuBLAS and SwiGLU, on an H200.
+_MOST_WORK, _MOST_ROWS, _MOST_RANKS = 2**30, 512, 64
+# Weights of at most so many numbers are brought to the L2 cache while the kernel before still runs.
+_FETCHED = 2**21
+# Programs that share the terms of a long sum, if they then find at least half as many steps more than one each.
+_SPLITS = 4
 
 
-class _Largest(NamedTuple):
-    weights: int
-    inputs: int
+class Tile(NamedTuple):
+    """What a program of `product` takes at once, and how many steps of it it loads ahead; `splits` programs share a
+    sum."""
 
-
-_LARGEST = (_Largest(2**25, 5_000), _Largest(2**23, 2_048))
+    rows: int
+    columns: int
+    terms: int
+    stages: int
+    splits: int
 
 
 class Fused:
@@ -35,29 +44,32 @@ class Fused:
 
     whole_rows = False
 
-    def __init__(self, programs: int = 264, shared: int = 227 * 2**10):
+    def __init__(self, programs: int = 264, shared: int = 227 * 2**10, *, early: bool = False):
         """`programs` is how many keep the card busy, two a multiprocessor, and `shared` the bytes of shared memory that
-        one can have: both by default an H100's."""
-        self._programs, self._shared = programs, shared
+        one can have: both by default an H100's. `early` kernels are launched before the one in front of them ends."""
+        self._programs, self._shared, self._early = programs, shared, early
+        self._arrived: Tensor | None = None
 
     @classmethod
     def on(cls, device: torch.device) -> Fused:
         card = torch.cuda.get_device_properties(device)
-        return cls(2 * card.multi_processor_count, card.shared_memory_per_multiprocessor - 2**10)
+        early = (card.major, card.minor) >= (9, 0)
+        return cls(2 * card.multi_processor_count, card.shared_memory_per_multiprocessor - 2**10, early=early)
 
     def stages(self, size: int, most: int) -> int:
         """How many steps of `size` bytes a kernel can load ahead, with a fifth of shared memory left for the rest."""
         return max(min(self._shared * 4 // 5 // size, most), 1)
 
-    def blocks(self, rows: int, outs: int, ranks: int, itemsize: int, *, gated: bool) -> tuple[int, int, int, int]:
-        """Rows, columns and terms that a program of `product` takes at once, and how many such steps it loads ahead.
-        Steps are shorter where there is too little shared memory for two."""
+    def tile(self, rows: int, outs: int, inputs: int, ranks: int, itemsize: int, *, gated: bool) -> Tile:
+        """For a product of these sizes. Steps are shorter where there is too little shared memory for two."""
         block_m = min(max(_power(rows), 16), 64)
-        block_n, block_k, ahead = _blocks(rows, outs, itemsize)
+        block_n, block_k, ahead = _blocks(rows, inputs, itemsize, gated=gated)
         a_term = (block_m + block_n * (1 + gated) + ranks) * itemsize
         while block_k > 32 and self.stages(a_term * block_k, ahead) < 2:
             block_k //= 2
-        return block_m, block_n, block_k, self.stages(a_term * block_k, ahead)
+        tiles = -(-outs // block_n) * -(-rows // block_m)
+        shared = not gated and tiles * _SPLITS * 4 <= self._programs * 3 and 2 * inputs >= 3 * _SPLITS * block_k
+        return Tile(block_m, block_n, block_k, self.stages(a_term * block_k, ahead), _SPLITS if shared else 1)
 
     def block(self, size: int, itemsize: int) -> tuple[int, int]:
         """Tokens that a program of `attend` takes at once, by the size of heads, and how many steps it loads ahead."""
@@ -115,11 +127,13 @@ class Fused:
         kernels().attend[(count, heads.kv_heads, splits)](
             qkv, part, mass, table.info, rows, table.where, heads.inv_freq, first, second, layer, qkv.stride(0),
             d**-0.5, 2**30 if window is None else window, heads.eps, heads.scaling, KV=heads.kv_heads, REPEAT=repeat,
-            PADDED=max(_power(repeat), 16), D=d, BLOCK=block, SPLITS=splits, NORM=norms is not None, num_warps=4,
-            num_stages=stages,
+            PADDED=max(_power(repeat), 16), D=d, BLOCK=block, SPLITS=splits, NORM=norms is not None, EARLY=self._early,
+            num_warps=4, num_stages=stages, launch_pdl=self._early,
         )  # fmt: skip
         if splits > 1:
-            kernels().combine[(count, heads.heads)](part, mass, out, D=d, SPLITS=splits, PADDED=_power(splits))
+            kernels().combine[(count, heads.heads)](
+                part, mass, out, D=d, SPLITS=splits, PADDED=_power(splits), EARLY=self._early, launch_pdl=self._early
+            )
         return out
 
     def _splits(self, programs: int, table: Table, block: int) -> int:
@@ -129,60 +143,82 @@ class Fused:
         most = table.keys.prompt.shape[4] + table.keys.own.shape[4]
         return max(min(self._programs // max(programs, 1), most // (_LEAST_BLOCKS * block), 16), 1)
 
-    def normed_linear(self, x: Tensor, norm: Tensor, eps: float, product: Product) -> Tensor:
-        if not self.one_kernel(x, product):
-            return product(self.norm(x, norm, eps))
-        out = x.new_empty(len(x), product.up.shape[0])
-        self._product(*self._normed(x, norm, eps), eps, product, out)
+    def normed_linear(self, stream: Stream, norm: Tensor, eps: float, product: Product) -> Tensor:
+        if not self.one_kernel(stream.x, product):
+            return product(self.norm(stream.x, norm, eps))
+        out = stream.x.new_empty(len(stream.x), product.up.shape[0])
+        self._normed(stream, norm, eps, product, out, gated=False)
         return out
 
-    def normed_gated(self, x: Tensor, norm: Tensor, eps: float, product: Product) -> Tensor:
-        if not self.one_kernel(x, product):
-            return self.swiglu(product(self.norm(x, norm, eps)))
-        out = x.new_empty(len(x), product.up.shape[0] // 2)
-        self._product(*self._normed(x, norm, eps), eps, product, out, gated=True)
+    def normed_gated(self, stream: Stream, norm: Tensor, eps: float, product: Product) -> Tensor:
+        if not self.one_kernel(stream.x, product):
+            return self.swiglu(product(self.norm(stream.x, norm, eps)))
+        out = stream.x.new_empty(len(stream.x), product.up.shape[0] // 2)
+        self._normed(stream, norm, eps, product, out, gated=True)
         return out
 
-    def add_linear(self, x: Tensor, y: Tensor, product: Product) -> None:
-        if self.one_kernel(y, product):
-            self._product(y, None, 0.0, product, x, add=True)
+    def _normed(
+        self, stream: Stream, norm: Tensor, eps: float, product: Product, out: Tensor, *, gated: bool
+    ) -> None:
+        """Where the kernel before has left what a norm needs, the product's own norms as well."""
+        if stream.gained is None:
+            self._product(self.norm(stream.x, norm, eps), product, out, gated=gated)
         else:
-            product.add_to(x, y)
+            self._product(stream.gained, product, out, gated=gated, squares=stream.squares, eps=eps)
 
-    def _normed(self, x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-        """What a product's kernel is given: it norms by itself, but for fp16, which may not hold what it sums up."""
-        return (self.norm(x, norm, eps), None) if x.dtype == torch.float16 else (x, norm)
+    def add_linear(self, stream: Stream, y: Tensor, product: Product, norm: Tensor | None) -> None:
+        stream.gained = stream.squares = None
+        if self.one_kernel(y, product):
+            self._product(y, product, stream.x, stream=stream, norm=norm)
+        else:
+            product.add_to(stream.x, y)
 
     def one_kernel(self, x: Tensor, product: Product) -> bool:
-        """Whether base product, A and B, and a norm before them, are better one kernel than several: beside a large
-        weight or for a long sum, or without an A, cuBLAS is faster."""
-        if product.weight is None or not 0 < len(product.down) <= _MOST_RANKS:
+        """Whether base product, A and B are better one kernel than several: beside a large weight cuBLAS is faster."""
+        if product.weight is None or len(product.down) > _MOST_RANKS or len(x) > _MOST_ROWS:
             return False
-        (outs, inputs), most = product.weight.shape, _LARGEST[len(x) > _FEW_ROWS]
-        return len(x) <= _MOST_ROWS and outs * inputs <= most.weights and inputs <= most.inputs
+        return max(len(x), _FEW_ROWS) * product.weight.numel() <= _MOST_WORK * (2 if len(product.down) else 1)
 
     def _product(
         self,
         x: Tensor,
-        norm: Tensor | None,
-        eps: float,
         product: Product,
         out: Tensor,
         *,
         gated: bool = False,
-        add: bool = False,
+        squares: Tensor | None = None,
+        eps: float = 0.0,
+        stream: Stream | None = None,
+        norm: Tensor | None = None,
     ) -> None:
+        """`squares` belong to an x that is to be normed. With `stream`, `out` is its x, to which the product is added,
+        and what the next `norm` needs is left there; but not in fp16, which may not hold x times its weight."""
         weight, down, bias = product.weight, product.down, product.bias
         assert weight is not None
         (rows, outs), inputs = out.shape, weight.shape[1]
-        ranks = max(_power(len(down)), 16)
-        block_m, block_n, block_k, stages = self.blocks(rows, outs, ranks, x.element_size(), gated=gated)
-        kernels().product[(-(-outs // block_n), -(-rows // block_m))](
-            x, norm if norm is not None else weight, weight, bias if bias is not None else weight, down, product.up,
-            out, rows, outs, inputs, len(down), x.stride(0), eps, NORM=norm is not None, BIAS=bias is not None,
-            RANK=ranks, GATED=gated, ADD=add, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4,
-            num_stages=stages,
+        ranks = max(_power(len(down)), 16) if len(down) else 0
+        tile = self.tile(rows, outs, inputs, ranks, x.element_size(), gated=gated)
+        columns = -(-outs // tile.columns)
+        gain = norm if out.dtype != torch.float16 else None
+        part = out.new_empty((tile.splits, rows, outs), dtype=torch.float32) if tile.splits > 1 else out
+        if stream is not None and gain is not None:
+            stream.gained, stream.squares = torch.empty_like(out), out.new_empty((rows, columns), dtype=torch.float32)
+        kept, sums = (stream.gained, stream.squares) if stream is not None and gain is not None else (out, out)
+        kernels().product[(columns, -(-rows // tile.rows), tile.splits)](
+            x, weight if squares is None else squares, weight, weight if bias is None else bias, down, product.up, out,
+            weight if gain is None else gain, kept, sums, part, self._counters(out.device), rows, outs, inputs,
+            len(down), 0 if squares is None else squares.shape[1], x.stride(0), eps, NORM=squares is not None,
+            BIAS=bias is not None, RANK=ranks, GATED=gated, ADD=stream is not None, GAIN=gain is not None,
+            PARTS=1 if squares is None else _power(squares.shape[1]), SPLITS=tile.splits, EARLY=self._early,
+            FETCH=self._early and weight.numel() <= _FETCHED, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+            BLOCK_K=tile.terms, num_warps=4, num_stages=tile.stages, launch_pdl=self._early,
         )  # fmt: skip
+
+    def _counters(self, device: torch.device) -> Tensor:
+        """Of programs that share a sum, one for each tile: zeros between two kernels."""
+        if self._arrived is None:
+            self._arrived = torch.zeros(self._programs, dtype=torch.int32, device=device)
+        return self._arrived
 
     def norm_back(
         self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor, *, again: bool = False
@@ -321,14 +357,16 @@ def _flash_options(paths: Paths, window: int | None) -> tuple[tuple[Any, ...], d
     return (rows.own, rows.starts, longest, longest, 0.0, True), reach
 
 
-def _blocks(rows: int, outs: int, itemsize: int) -> tuple[int, int, int]:
-    """Columns and terms that a program of `product` takes at once, and how many such steps it loads ahead: small ones
-    where there would be too few programs, as measured on an H100."""
+def _blocks(rows: int, inputs: int, itemsize: int, *, gated: bool) -> tuple[int, int, int]:
+    """Columns and terms that a program of `product` takes at once, and how many such steps it loads ahead, as measured
+    on an H200."""
     if itemsize == 4:
         return 32, 32, 2
     if rows > _FEW_ROWS:
-        return 32, 64, 4
-    return (16, 128, 4) if outs <= 16 * 160 else (64, 64, 4)
+        return (64, 128, 3) if gated else (32, 128, 4)
+    if gated:
+        return 32, 64, 6
+    return (16, 256, 3) if inputs <= 2048 else (32, 128, 4)
 
 
 def _power(count: int) -> int:

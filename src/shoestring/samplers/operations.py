@@ -118,6 +118,18 @@ class Product(Protocol):
         ...
 
 
+@dataclass
+class Stream:
+    """The residual stream of a batch, and what a kernel that has added to it found out for the next norm."""
+
+    x: Tensor
+    """[B, H]."""
+    gained: Tensor | None = None
+    """[B, H]: x times that norm's weight; None where nobody has taken the product."""
+    squares: Tensor | None = None
+    """[B, n] fp32: what blocks of each row's numbers have for the sum of their squares."""
+
+
 class Operations(Protocol):
     """The two of them."""
 
@@ -153,16 +165,17 @@ class Operations(Protocol):
         cache."""
         ...
 
-    def normed_linear(self, x: Tensor, norm: Tensor, eps: float, product: Product) -> Tensor:
-        """The product of the norm of [B, inputs], with its adapter: [B, outs]."""
+    def normed_linear(self, stream: Stream, norm: Tensor, eps: float, product: Product) -> Tensor:
+        """The product of the stream's norm, with its adapter: [B, outs]."""
         ...
 
-    def normed_gated(self, x: Tensor, norm: Tensor, eps: float, product: Product) -> Tensor:
-        """`swiglu` of the same of gate and up: [B, I] of [B, H]."""
+    def normed_gated(self, stream: Stream, norm: Tensor, eps: float, product: Product) -> Tensor:
+        """`swiglu` of the same of gate and up: [B, I]."""
         ...
 
-    def add_linear(self, x: Tensor, y: Tensor, product: Product) -> None:
-        """x += the product of y, with its adapter: [B, outs] and [B, inputs]."""
+    def add_linear(self, stream: Stream, y: Tensor, product: Product, norm: Tensor | None) -> None:
+        """Adds the product of y, [B, inputs], with its adapter, to the stream; `norm` is the weight of the norm that
+        comes next, if one does."""
         ...
 
     def norm_back(

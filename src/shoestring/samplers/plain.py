@@ -17,6 +17,7 @@ from shoestring.samplers.operations import (
     TOKEN,
     Heads,
     Product,
+    Stream,
     Table,
 )
 from shoestring.types import Paths
@@ -111,14 +112,14 @@ class Plain:
         own.view(2, -1, size).index_copy_(1, places, both)
         return turned[:, :count]
 
-    def normed_linear(self, x: Tensor, norm: Tensor, eps: float, product: Product) -> Tensor:
-        return product(self.norm(x, norm, eps))
+    def normed_linear(self, stream: Stream, norm: Tensor, eps: float, product: Product) -> Tensor:
+        return product(self.norm(stream.x, norm, eps))
 
-    def normed_gated(self, x: Tensor, norm: Tensor, eps: float, product: Product) -> Tensor:
-        return self.swiglu(self.normed_linear(x, norm, eps, product))
+    def normed_gated(self, stream: Stream, norm: Tensor, eps: float, product: Product) -> Tensor:
+        return self.swiglu(self.normed_linear(stream, norm, eps, product))
 
-    def add_linear(self, x: Tensor, y: Tensor, product: Product) -> None:
-        x.add_(product(y))
+    def add_linear(self, stream: Stream, y: Tensor, product: Product, norm: Tensor | None) -> None:
+        stream.x.add_(product(y))
 
     def norm_back(
         self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, add: Tensor, *, again: bool = False
