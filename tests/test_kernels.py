@@ -217,10 +217,10 @@ def test_programs_that_share_a_sum_leave_their_counters_as_they_were() -> None:
 
 
 def test_parts_of_attention_are_none_too_small() -> None:
-    """Of 70 + 40 tokens in blocks of 32, and of the same in blocks of 8."""
+    """Of 70 + 40 tokens in steps of 64, and of the same in steps of 8."""
     made, _ = filled(torch.float32, heads_of(6, 2, 16))
-    assert Fused(264)._splits(2, made, 32) == 1
-    assert Fused(264)._splits(2, made, 8) == 110 // 32
+    assert Fused(264)._splits(2, made, 64) == 1
+    assert Fused(264)._splits(2, made, 8) == 110 // 16
     assert Fused(264)._splits(132, made, 8) == 2
     assert Fused(264)._splits(264, made, 8) == 1
 
@@ -329,7 +329,9 @@ def test_attention(
     qkv = normal(5, (count + 2 * kv) * 16 + 8, seed=9, dtype=dtype)[:, : (count + 2 * kv) * 16]
     norms = (normal(16, seed=1, dtype=dtype), normal(16, seed=2, dtype=dtype)) if norm else None
     wanted = Plain().attend(qkv, rows, in_whole_rows(other), 1, heads, norms, window)
-    close(Fused(programs).attend(qkv, rows, one, 1, heads, norms, window), wanted)
+    do = Fused(programs)
+    do.begin(rows, one, heads)
+    close(do.attend(qkv, rows, one, 1, heads, norms, window), wanted)
     whole = in_whole_rows(one)
     assert whole.keys is not None
     assert other.keys is not None
@@ -363,7 +365,9 @@ def test_rows_that_stand_for_none_give_numbers_and_leave_the_cache_alone(
     heads = heads_of(6, 2, 16)
     one, before = filled(torch.float32, heads)
     qkv = normal(2, 10 * 16)
-    found = Fused(programs).attend(qkv, torch.tensor([2, 6], device=DEVICE), one, 0, heads, None, None)
+    do, rows = Fused(programs), torch.tensor([2, 6], device=DEVICE)
+    do.begin(rows, one, heads)
+    found = do.attend(qkv, rows, one, 0, heads, None, None)
     assert torch.equal(found, torch.zeros_like(found))
     assert one.keys is not None
     assert before.keys is not None

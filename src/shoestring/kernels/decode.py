@@ -6,9 +6,12 @@ unless said otherwise."""
 # pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # `Table.info` and `Table.where`, as in the latter.
 SLOT = tl.constexpr(0)
@@ -19,6 +22,8 @@ LIMIT = tl.constexpr(4)
 DONE = tl.constexpr(5)
 TOKEN = tl.constexpr(6)
 COLUMNS = tl.constexpr(7)
+
+PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 
 
 @triton.jit
@@ -46,8 +51,15 @@ def fetch(weight, first, count, inputs, start, stop, LANES: tl.constexpr):
     for at in range(0, count * lines, LANES):
         i = tl.minimum(at + tl.arange(0, LANES), count * lines - 1)
         place = weight + (first + i // lines).to(tl.int64) * inputs + start + (i % lines) * line
-        prefetch: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-        tl.inline_asm_elementwise(prefetch, "=r,l", [place.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(PREFETCH, "=r,l", [place.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def fetch_row(places, BYTES: tl.constexpr):
+    """The same of BYTES from each place on."""
+    for start in tl.static_range(0, BYTES, 128):
+        at = places.to(tl.int64) + start
+        tl.inline_asm_elementwise(PREFETCH, "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -95,7 +107,7 @@ def product(
     spot = m[:, None] * outs + n[None, :]
     if NORM:
         p = tl.arange(0, PARTS)
-        square = tl.load(squares + m[:, None] * parts + p[None, :], (m[:, None] < rows) & (p[None, :] < parts), 0.0)
+        square = tl.load(squares + p[:, None] * rows + m[None, :], (p[:, None] < parts) & (m[None, :] < rows), 0.0)
     if ADD and SPLITS == 1:
         before = tl.load(out + spot, here, 0.0)
     xs = x + m[:, None] * x_stride + k[None, :]
@@ -115,7 +127,7 @@ def product(
     if EARLY:
         gdc_launch_dependents()
     if NORM:
-        scale = tl.rsqrt(tl.sum(square, 1) / inputs + eps)[:, None]
+        scale = tl.rsqrt(tl.sum(square, 0) / inputs + eps)[:, None]
         found *= scale
         more *= scale
         if RANK:
@@ -152,7 +164,7 @@ def product(
         if GAIN:
             wide = found.to(dtype).to(tl.float32)
             tl.store(gained + spot, (wide * factor[None, :]).to(dtype), here)
-            tl.store(sums + m * tl.num_programs(0) + tl.program_id(0), tl.sum(wide * wide, 1), m < rows)
+            tl.store(sums + tl.program_id(0) * rows + m, tl.sum(wide * wide, 1), m < rows)
 
 
 @triton.jit
@@ -305,19 +317,62 @@ def spread_back(
     tl.store(target + spot + half, value_high.to(dtype), real)
 
 
+# What `begin` finds out for a row: addresses of its keys and values in layer 0, the prompt's and its own; bytes from a
+# layer to the next, and from a head to the next, in both; tokens of the prompt, of its own, and whether it has ended.
+PROMPT_KEYS = tl.constexpr(0)
+PROMPT_VALUES = tl.constexpr(1)
+OWN_KEYS = tl.constexpr(2)
+OWN_VALUES = tl.constexpr(3)
+PROMPT_LAYER = tl.constexpr(4)
+OWN_LAYER = tl.constexpr(5)
+PROMPT_SLOTS = tl.constexpr(6)
+OWN_SLOTS = tl.constexpr(7)
+BEHIND = tl.constexpr(8)
+OWN_LENGTH = tl.constexpr(9)
+ENDED = tl.constexpr(10)
+RECORD = tl.constexpr(16)
+
+
 @triton.jit
-def angles(inv_freq, position, scaling, D: tl.constexpr, dtype: tl.constexpr):
-    """Cosines, and sines with the sign that they have in each half, [D] each, rounded as they are stored."""
+def begin(
+    info, rows, where, inv_freq, records, turns, scaling,
+    KV: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """What the layers of a step share, for each row: its record, and the cosines and sines of its position, rounded to
+    TYPE, the latter with the sign that they have in each half, [2, D]."""
+    b = tl.program_id(0)
+    own = info + tl.load(rows + b) * COLUMNS
+    length = tl.load(own + LENGTH)
+    behind = tl.load(own + PROMPT_LENGTH)
+    record = records + b * RECORD
+    prompt_slots = tl.load(where + 4) * (D * SIZE)
+    own_slots = tl.load(where + 5) * (D * SIZE)
+    prompt_row = prompt_slots * KV
+    own_row = own_slots * KV
+    prompt_at = tl.load(own + PROMPT) * prompt_row
+    own_at = tl.load(own + SLOT) * own_row
+    tl.store(record + PROMPT_KEYS, tl.load(where) + prompt_at)
+    tl.store(record + PROMPT_VALUES, tl.load(where + 1) + prompt_at)
+    tl.store(record + OWN_KEYS, tl.load(where + 2) + own_at)
+    tl.store(record + OWN_VALUES, tl.load(where + 3) + own_at)
+    tl.store(record + PROMPT_LAYER, tl.load(where + 6) * prompt_row)
+    tl.store(record + OWN_LAYER, tl.load(where + 7) * own_row)
+    tl.store(record + PROMPT_SLOTS, prompt_slots)
+    tl.store(record + OWN_SLOTS, own_slots)
+    tl.store(record + BEHIND, behind.to(tl.int64))
+    tl.store(record + OWN_LENGTH, length.to(tl.int64))
+    tl.store(record + ENDED, tl.load(own + DONE).to(tl.int64))
     half: tl.constexpr = D // 2
     cols = tl.arange(0, D)
-    angle = position.to(tl.float32) * tl.load(inv_freq + cols % half)
-    cos = (tl.cos(angle) * scaling).to(dtype).to(tl.float32)
-    sin = (tl.sin(angle) * scaling).to(dtype).to(tl.float32)
-    return cos, tl.where(cols < half, -sin, sin)
+    angle = (behind + length).to(tl.float32) * tl.load(inv_freq + cols % half)
+    cos = (tl.cos(angle) * scaling).to(TYPE).to(tl.float32)
+    sin = (tl.sin(angle) * scaling).to(TYPE).to(tl.float32)
+    tl.store(turns + b * (2 * D) + cols, cos)
+    tl.store(turns + b * (2 * D) + D + cols, tl.where(cols < half, -sin, sin))
 
 
 @triton.jit
-def rotated(source, real, gain, cos, sin, eps, NORM: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+def rotated(source, real, gain, turn, eps, NORM: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
     """Heads of D numbers that lie one behind the other, N of them, normed and rotated, [N, D] as they are stored."""
     cols = tl.arange(0, D)
     across = (cols + D // 2) % D
@@ -331,54 +386,46 @@ def rotated(source, real, gain, cos, sin, eps, NORM: tl.constexpr, N: tl.constex
         c = (c * scale).to(dtype).to(tl.float32) * tl.load(gain + across).to(tl.float32)[None, :]
         a = a.to(dtype).to(tl.float32)
         c = c.to(dtype).to(tl.float32)
-    return (a * cos[None, :] + c * sin[None, :]).to(dtype)
+    return (a * tl.load(turn + cols)[None, :] + c * tl.load(turn + D + cols)[None, :]).to(dtype)
 
 
 @triton.jit
 def attend(
-    qkv, out, mass, info, rows, where, inv_freq, q_norm, k_norm, layer, stride, scale, window, eps, scaling,
-    KV: tl.constexpr, REPEAT: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+    qkv, out, mass, records, turns, q_norm, k_norm, layer, stride, scale, window, eps,
+    KV: tl.constexpr, REPEAT: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, WARPS: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The first split begins with the newest token, which it takes to the cache; the others find what was there. Where
-    kernels start EARLY, that is on its way to the L2 cache before `qkv` is there."""
+    """Each warp takes tokens of its own, BLOCK at once, so that warps wait for each other only at the end. The first
+    split also takes the newest token, and writes it to the cache; the others find what was there."""
     b = tl.program_id(0).to(tl.int64)
     kv = tl.program_id(1)
     split = tl.program_id(2)
-    own = info + tl.load(rows + b) * COLUMNS
-    slot = tl.load(own + SLOT).to(tl.int64)
-    length = tl.load(own + LENGTH)
-    prompt = tl.load(own + PROMPT).to(tl.int64)
-    behind = tl.load(own + PROMPT_LENGTH)
-    done = tl.load(own + DONE)
     dtype: tl.constexpr = qkv.dtype.element_ty
-    prompt_slots = tl.load(where + 4)
-    own_slots = tl.load(where + 5)
-    prompt_at = (layer * tl.load(where + 6) + prompt) * KV + kv
-    own_at = (layer * tl.load(where + 7) + slot) * KV + kv
     size: tl.constexpr = dtype.primitive_bitwidth // 8
-    prompt_offset = prompt_at * prompt_slots * (D * size)
-    own_offset = own_at * own_slots * (D * size)
-    prompt_keys = (tl.load(where) + prompt_offset).to(tl.pointer_type(dtype))
-    prompt_values = (tl.load(where + 1) + prompt_offset).to(tl.pointer_type(dtype))
-    own_keys = (tl.load(where + 2) + own_offset).to(tl.pointer_type(dtype))
-    own_values = (tl.load(where + 3) + own_offset).to(tl.pointer_type(dtype))
+    record = records + b * RECORD
+    behind = tl.load(record + BEHIND).to(tl.int32)
+    length = tl.load(record + OWN_LENGTH).to(tl.int32)
+    going = tl.load(record + ENDED) == 0
+    prompt_at = layer * tl.load(record + PROMPT_LAYER) + kv * tl.load(record + PROMPT_SLOTS)
+    own_at = layer * tl.load(record + OWN_LAYER) + kv * tl.load(record + OWN_SLOTS)
+    kind: tl.constexpr = tl.pointer_type(dtype)
+    prompt_keys = (tl.load(record + PROMPT_KEYS) + prompt_at).to(kind)
+    prompt_values = (tl.load(record + PROMPT_VALUES) + prompt_at).to(kind)
+    own_keys = (tl.load(record + OWN_KEYS) + own_at).to(kind)
+    own_values = (tl.load(record + OWN_VALUES) + own_at).to(kind)
 
-    prompt_blocks = tl.cdiv(behind, BLOCK)
-    blocks = prompt_blocks + tl.cdiv(length, BLOCK)
-    blocks = tl.where(done == 0, blocks, 0)
-    each = tl.cdiv(blocks, SPLITS)
-    start = split * each
-    stop = tl.minimum(start + each, blocks)
     position = behind + length
-    cos, sin = angles(inv_freq, position, scaling, D, dtype)
-    if EARLY:
-        for j in range(start, stop):
-            in_prompt = j < prompt_blocks
-            at = tl.where(in_prompt, j, j - prompt_blocks) * BLOCK
-            end = tl.minimum(at + BLOCK, tl.where(in_prompt, behind, length))
-            fetch(tl.where(in_prompt, prompt_keys, own_keys), 0, 1, 0, at * D, end * D, BLOCK * D * size // 128)
-            fetch(tl.where(in_prompt, prompt_values, own_values), 0, 1, 0, at * D, end * D, BLOCK * D * size // 128)
+    wide: tl.constexpr = WARPS * BLOCK
+    steps = tl.cdiv(tl.cdiv(position, wide), SPLITS)
+    start = split * steps * wide
+    stop = tl.where(going, tl.minimum(start + steps * wide, position), 0)
+    if EARLY:  # what is there before `qkv` is on its way to the L2 cache
+        lanes: tl.constexpr = 32 * WARPS
+        for begun in range(start, stop, lanes):
+            at = tl.minimum(begun + tl.arange(0, lanes), stop - 1)
+            in_prompt = at < behind
+            fetch_row(tl.where(in_prompt, prompt_keys + at * D, own_keys + (at - behind) * D), D * size)
+            fetch_row(tl.where(in_prompt, prompt_values + at * D, own_values + (at - behind) * D), D * size)
         gdc_wait()
 
     heads = tl.arange(0, PADDED)
@@ -386,50 +433,59 @@ def attend(
     real = heads < REPEAT
     first = (b * KV + kv) * REPEAT
     here = qkv + b * stride
-    query = rotated(here + kv * (REPEAT * D), real, q_norm, cos, sin, eps, NORM, PADDED, D)
-    top = tl.full([PADDED], float("-inf"), tl.float32)
-    total = tl.zeros([PADDED], tl.float32)
-    found = tl.zeros([PADDED, D], tl.float32)
-    if (split == 0) & (done == 0):
-        here += (KV * REPEAT + kv) * D
-        only = tl.full([1], 1, tl.int1)
-        new = rotated(here, only, k_norm, cos, sin, eps, NORM, 1, D)
-        value = tl.load(here + KV * D + cols)
-        tl.store(tl.multiple_of(own_keys, 16) + length * D + cols[None, :], new)
-        tl.store(tl.multiple_of(own_values, 16) + length * D + cols, value)
-        top = tl.sum(query.to(tl.float32) * new.to(tl.float32), 1) * scale
-        total += 1.0
-        found += value.to(tl.float32)[None, :]
-    for j in range(start, stop):
-        in_prompt = j < prompt_blocks
-        at = tl.where(in_prompt, j, j - prompt_blocks) * BLOCK + tl.arange(0, BLOCK)
-        end = tl.where(in_prompt, behind, length)
-        there = at < end
+    turn = turns + b * (2 * D)
+    query = rotated(here + kv * (REPEAT * D), real, q_norm, turn, eps, NORM, PADDED, D)
+    here += (KV * REPEAT + kv) * D
+    new = rotated(here, tl.full([1], 1, tl.int1), k_norm, turn, eps, NORM, 1, D)
+    value = tl.load(here + KV * D + cols)
+    newest = tl.sum(query.to(tl.float32) * new.to(tl.float32), 1) * scale
+    takes = (split == 0) & going
+    newest = tl.where(takes, newest, float("-inf"))
+    if takes:
+        tl.store(own_keys + length * D + cols[None, :], new)
+        tl.store(own_values + length * D + cols, value)
+
+    queries = tl.broadcast_to(query[None, :, :], [WARPS, PADDED, D])
+    tokens = tl.arange(0, WARPS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    top = tl.full([WARPS, PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([WARPS, PADDED], tl.float32)
+    found = tl.zeros([WARPS, PADDED, D], tl.float32)
+    for begun in range(start, stop, wide):
+        at = begun + tokens
+        there = at < stop
+        in_prompt = at < behind
         # 16 bytes are loaded at once, and ahead: the compiler cannot know how an address from a table is aligned
-        keys_at = tl.multiple_of(tl.where(in_prompt, prompt_keys, own_keys), 16)
-        values_at = tl.multiple_of(tl.where(in_prompt, prompt_values, own_values), 16)
-        key = tl.load(keys_at + at[None, :] * D + cols[:, None], there[None, :], 0.0)
-        values = tl.load(values_at + at[:, None] * D + cols[None, :], there[:, None], 0.0)
-        seen = there & (at + tl.where(in_prompt, 0, behind) > position - window)
-        score = tl.dot(query, key, input_precision="ieee") * scale
-        score = tl.where(seen[None, :], score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, 1))
+        keys_at = tl.multiple_of(tl.where(in_prompt, prompt_keys + at * D, own_keys + (at - behind) * D), [16, 16])
+        values_at = tl.where(in_prompt, prompt_values + at * D, own_values + (at - behind) * D)
+        values_at = tl.multiple_of(values_at, [16, 16])
+        key = tl.load(keys_at[:, None, :] + cols[None, :, None], there[:, None, :], 0.0)
+        values = tl.load(values_at[:, :, None] + cols[None, None, :], there[:, :, None], 0.0)
+        score = tl.dot(queries, key, input_precision="ieee") * scale
+        seen = there & (at > position - window)
+        score = tl.where(seen[:, None, :], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 2))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
-        power = tl.exp(score - safe[:, None])
+        power = tl.exp(score - safe[:, :, None])
         decay = tl.exp(top - safe)
-        total = total * decay + tl.sum(power, 1)
-        found = found * decay[:, None] + tl.dot(power.to(dtype), values, input_precision="ieee")
+        total = total * decay + tl.sum(power, 2)
+        found = found * decay[:, :, None] + tl.dot(power.to(dtype), values, input_precision="ieee")
         top = higher
     if EARLY:
         gdc_launch_dependents()
-    some = tl.where(total == 0, 1.0, total)
-    found = found / some[:, None]
+    highest = tl.maximum(tl.max(top, 0), newest)
+    safe = tl.where(highest == float("-inf"), 0.0, highest)
+    decay = tl.exp(top - safe[None, :])
+    fresh = tl.exp(newest - safe)
+    mass_here = tl.sum(total * decay, 0) + fresh
+    result = tl.sum(found * decay[:, :, None], 0) + fresh[:, None] * value.to(tl.float32)[None, :]
+    some = tl.where(mass_here == 0, 1.0, mass_here)
+    result = result / some[:, None]
     if SPLITS == 1:
-        tl.store(out + (first + heads)[:, None] * D + cols[None, :], found.to(dtype), real[:, None])
+        tl.store(out + (first + heads)[:, None] * D + cols[None, :], result.to(dtype), real[:, None])
     else:
         spot = (first + heads) * SPLITS + split
-        tl.store(out + spot[:, None] * D + cols[None, :], found, real[:, None])
-        tl.store(mass + spot, tl.where(total == 0, float("-inf"), top + tl.log(some)), real)
+        tl.store(out + spot[:, None] * D + cols[None, :], result, real[:, None])
+        tl.store(mass + spot, tl.where(mass_here == 0, float("-inf"), safe + tl.log(some)), real)
 
 
 @triton.jit

@@ -15,8 +15,10 @@ from shoestring.types import Paths
 
 # Logits that one program of the draw looks at.
 _DRAW_BLOCK = 4096
-# Blocks of tokens that a part of attention has at least.
-_LEAST_BLOCKS = 4
+# Warps of a program of attention, tokens that each takes at once, and steps loaded ahead.
+_ATTENTION = (4, 32, 2)
+# Steps that a part of attention has at least.
+_LEAST_BLOCKS = 2
 # Up to so many rows a product takes long steps of few columns.
 _FEW_ROWS = 64
 # A product is one kernel up to so many multiplications and rows, with an A and a B beside it up to twice as many, of at
@@ -49,6 +51,7 @@ class Fused:
         one can have: both by default an H100's. `early` kernels are launched before the one in front of them ends."""
         self._programs, self._shared, self._early = programs, shared, early
         self._arrived: Tensor | None = None
+        self._begun: tuple[Tensor, ...] = ()
 
     @classmethod
     def on(cls, device: torch.device) -> Fused:
@@ -71,15 +74,24 @@ class Fused:
         shared = not gated and tiles * _SPLITS * 4 <= self._programs * 3 and 2 * inputs >= 3 * _SPLITS * block_k
         return Tile(block_m, block_n, block_k, self.stages(a_term * block_k, ahead), _SPLITS if shared else 1)
 
-    def block(self, size: int, itemsize: int) -> tuple[int, int]:
-        """Tokens that a program of `attend` takes at once, by the size of heads, and how many steps it loads ahead."""
-        block, ahead = (64, 3) if itemsize == 2 else (32, 2)
-        while block > 16 and self.stages(2 * block * size * itemsize, ahead) < 2:
-            block //= 2
-        return block, self.stages(2 * block * size * itemsize, ahead)
+    def attention(self, size: int, itemsize: int) -> tuple[int, int, int]:
+        """Warps of a program of `attend`, tokens that each takes at once, and how many steps it loads ahead, by the
+        size of heads."""
+        warps, block, ahead = _ATTENTION
+        while warps * block > 16 and self.stages(2 * warps * block * size * itemsize, ahead) < 2:
+            warps, block = (warps, block // 2) if block > 16 else (warps // 2, block)
+        return warps, block, self.stages(2 * warps * block * size * itemsize, ahead)
 
     def begin(self, rows: Tensor, table: Table, heads: Heads) -> None:
-        """Kernels read what they need from the table."""
+        assert table.keys is not None
+        d, dtype = heads.head_dim, table.keys.own.dtype
+        records = torch.empty(len(rows), 16, dtype=torch.int64, device=rows.device)
+        turns = torch.empty(len(rows), 2, d, dtype=torch.float32, device=rows.device)
+        kernels().begin[(len(rows),)](
+            table.info, rows, table.where, heads.inv_freq, records, turns, heads.scaling, KV=heads.kv_heads, D=d,
+            SIZE=dtype.itemsize, TYPE=kernels().TYPES[dtype], num_warps=1,
+        )  # fmt: skip
+        self._begun = records, turns
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(x, x, weight, eps, add=False)
@@ -117,18 +129,19 @@ class Fused:
         window: int | None,
     ) -> Tensor:
         count, d = len(qkv), heads.head_dim
-        block, stages = self.block(d, qkv.element_size())
-        splits = self._splits(count * heads.kv_heads, table, block)
+        warps, block, stages = self.attention(d, qkv.element_size())
+        splits = self._splits(count * heads.kv_heads, table, warps * block)
         out = qkv.new_empty(count, heads.heads * d)
         part = qkv.new_empty((count, heads.heads, splits, d), dtype=torch.float32) if splits > 1 else out
         mass = qkv.new_empty((count, heads.heads, splits), dtype=torch.float32) if splits > 1 else out
         repeat = heads.heads // heads.kv_heads
         first, second = norms if norms is not None else (heads.inv_freq, heads.inv_freq)
+        assert self._begun is not None
         kernels().attend[(count, heads.kv_heads, splits)](
-            qkv, part, mass, table.info, rows, table.where, heads.inv_freq, first, second, layer, qkv.stride(0),
-            d**-0.5, 2**30 if window is None else window, heads.eps, heads.scaling, KV=heads.kv_heads, REPEAT=repeat,
-            PADDED=max(_power(repeat), 16), D=d, BLOCK=block, SPLITS=splits, NORM=norms is not None, EARLY=self._early,
-            num_warps=4, num_stages=stages, launch_pdl=self._early,
+            qkv, part, mass, *self._begun, first, second, layer, qkv.stride(0), d**-0.5,
+            2**30 if window is None else window, heads.eps, KV=heads.kv_heads, REPEAT=repeat,
+            PADDED=max(_power(repeat), 16), D=d, WARPS=warps, BLOCK=block, SPLITS=splits, NORM=norms is not None,
+            EARLY=self._early, num_warps=warps, num_stages=stages, launch_pdl=self._early,
         )  # fmt: skip
         if splits > 1:
             kernels().combine[(count, heads.heads)](
@@ -202,14 +215,14 @@ class Fused:
         gain = norm if out.dtype != torch.float16 else None
         part = out.new_empty((tile.splits, rows, outs), dtype=torch.float32) if tile.splits > 1 else out
         if stream is not None and gain is not None:
-            stream.gained, stream.squares = torch.empty_like(out), out.new_empty((rows, columns), dtype=torch.float32)
+            stream.gained, stream.squares = torch.empty_like(out), out.new_empty((columns, rows), dtype=torch.float32)
         kept, sums = (stream.gained, stream.squares) if stream is not None and gain is not None else (out, out)
         kernels().product[(columns, -(-rows // tile.rows), tile.splits)](
             x, weight if squares is None else squares, weight, weight if bias is None else bias, down, product.up, out,
             weight if gain is None else gain, kept, sums, part, self._counters(out.device), rows, outs, inputs,
-            len(down), 0 if squares is None else squares.shape[1], x.stride(0), eps, NORM=squares is not None,
+            len(down), 0 if squares is None else len(squares), x.stride(0), eps, NORM=squares is not None,
             BIAS=bias is not None, RANK=ranks, GATED=gated, ADD=stream is not None, GAIN=gain is not None,
-            PARTS=1 if squares is None else _power(squares.shape[1]), SPLITS=tile.splits, EARLY=self._early,
+            PARTS=1 if squares is None else _power(len(squares)), SPLITS=tile.splits, EARLY=self._early,
             FETCH=self._early and weight.numel() <= _FETCHED, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
             BLOCK_K=tile.terms, num_warps=4, num_stages=tile.stages, launch_pdl=self._early,
         )  # fmt: skip

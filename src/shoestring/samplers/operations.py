@@ -127,7 +127,7 @@ class Stream:
     gained: Tensor | None = None
     """[B, H]: x times that norm's weight; None where nobody has taken the product."""
     squares: Tensor | None = None
-    """[B, n] fp32: what blocks of each row's numbers have for the sum of their squares."""
+    """[n, B] fp32: what blocks of each row's numbers have for the sum of their squares."""
 
 
 class Operations(Protocol):
