@@ -217,10 +217,10 @@ def test_programs_that_share_a_sum_leave_their_counters_as_they_were() -> None:
 
 
 def test_parts_of_attention_are_none_too_small() -> None:
-    """Of 70 + 40 tokens in steps of 64, and of the same in steps of 8."""
+    """Of 70 + 40 tokens in blocks of 32, and of the same in blocks of 8."""
     made, _ = filled(torch.float32, heads_of(6, 2, 16))
-    assert Fused(264)._splits(2, made, 64) == 1
-    assert Fused(264)._splits(2, made, 8) == 110 // 16
+    assert Fused(264)._splits(2, made, 32) == 1
+    assert Fused(264)._splits(2, made, 8) == 110 // 32
     assert Fused(264)._splits(132, made, 8) == 2
     assert Fused(264)._splits(264, made, 8) == 1
 
@@ -330,7 +330,7 @@ def test_attention(
     norms = (normal(16, seed=1, dtype=dtype), normal(16, seed=2, dtype=dtype)) if norm else None
     wanted = Plain().attend(qkv, rows, in_whole_rows(other), 1, heads, norms, window)
     do = Fused(programs)
-    do.begin(rows, one, heads)
+    do.begin(rows, one, heads, normal(10, 24, dtype=dtype))
     close(do.attend(qkv, rows, one, 1, heads, norms, window), wanted)
     whole = in_whole_rows(one)
     assert whole.keys is not None
@@ -366,7 +366,7 @@ def test_rows_that_stand_for_none_give_numbers_and_leave_the_cache_alone(
     one, before = filled(torch.float32, heads)
     qkv = normal(2, 10 * 16)
     do, rows = Fused(programs), torch.tensor([2, 6], device=DEVICE)
-    do.begin(rows, one, heads)
+    do.begin(rows, one, heads, normal(10, 24))
     found = do.attend(qkv, rows, one, 0, heads, None, None)
     assert torch.equal(found, torch.zeros_like(found))
     assert one.keys is not None
@@ -414,6 +414,14 @@ def test_draws_follow_the_distribution() -> None:
     wanted = (logits / 0.8).softmax(-1)
     seen = torch.bincount(token, minlength=8)
     assert float(((seen - count * wanted) ** 2 / (count * wanted)).sum()) < 24.3
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_step_begins_with_the_embeddings_of_the_next_tokens(dtype: torch.dtype) -> None:
+    heads = heads_of(6, 2, 16)
+    one, _ = filled(dtype, heads)
+    rows, embedding = torch.tensor([5, 0, 3], device=DEVICE), normal(10, 24, dtype=dtype)
+    assert torch.equal(Fused().begin(rows, one, heads, embedding), embedding[[4, 9, 6]])
 
 
 def test_keep() -> None:

@@ -6,12 +6,9 @@ unless said otherwise."""
 # pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # `Table.info` and `Table.where`, as in the latter.
 SLOT = tl.constexpr(0)
@@ -52,14 +49,6 @@ def fetch(weight, first, count, inputs, start, stop, LANES: tl.constexpr):
         i = tl.minimum(at + tl.arange(0, LANES), count * lines - 1)
         place = weight + (first + i // lines).to(tl.int64) * inputs + start + (i % lines) * line
         tl.inline_asm_elementwise(PREFETCH, "=r,l", [place.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def fetch_row(places, BYTES: tl.constexpr):
-    """The same of BYTES from each place on."""
-    for start in tl.static_range(0, BYTES, 128):
-        at = places.to(tl.int64) + start
-        tl.inline_asm_elementwise(PREFETCH, "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -335,18 +324,23 @@ RECORD = tl.constexpr(16)
 
 @triton.jit
 def begin(
-    info, rows, where, inv_freq, records, turns, scaling,
-    KV: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, TYPE: tl.constexpr,
+    info, rows, where, inv_freq, embedding, x, records, turns, scaling, width,
+    KV: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What the layers of a step share, for each row: its record, and the cosines and sines of its position, rounded to
-    TYPE, the latter with the sign that they have in each half, [2, D]."""
+    """For each row its token's embedding, and what the layers of a step share: its record, and the cosines and sines of
+    its position, rounded as x is, the latter with the sign that they have in each half, [2, D]."""
     b = tl.program_id(0)
     own = info + tl.load(rows + b) * COLUMNS
+    kind: tl.constexpr = x.dtype.element_ty
+    size: tl.constexpr = kind.primitive_bitwidth // 8
+    at = tl.arange(0, WIDTH)
+    token = tl.load(own + TOKEN).to(tl.int64)
+    tl.store(x + b * width + at, tl.load(embedding + token * width + at, at < width, 0.0), at < width)
     length = tl.load(own + LENGTH)
     behind = tl.load(own + PROMPT_LENGTH)
     record = records + b * RECORD
-    prompt_slots = tl.load(where + 4) * (D * SIZE)
-    own_slots = tl.load(where + 5) * (D * SIZE)
+    prompt_slots = tl.load(where + 4) * (D * size)
+    own_slots = tl.load(where + 5) * (D * size)
     prompt_row = prompt_slots * KV
     own_row = own_slots * KV
     prompt_at = tl.load(own + PROMPT) * prompt_row
@@ -365,8 +359,8 @@ def begin(
     half: tl.constexpr = D // 2
     cols = tl.arange(0, D)
     angle = (behind + length).to(tl.float32) * tl.load(inv_freq + cols % half)
-    cos = (tl.cos(angle) * scaling).to(TYPE).to(tl.float32)
-    sin = (tl.sin(angle) * scaling).to(TYPE).to(tl.float32)
+    cos = (tl.cos(angle) * scaling).to(kind).to(tl.float32)
+    sin = (tl.sin(angle) * scaling).to(kind).to(tl.float32)
     tl.store(turns + b * (2 * D) + cols, cos)
     tl.store(turns + b * (2 * D) + D + cols, tl.where(cols < half, -sin, sin))
 
@@ -392,16 +386,15 @@ def rotated(source, real, gain, turn, eps, NORM: tl.constexpr, N: tl.constexpr, 
 @triton.jit
 def attend(
     qkv, out, mass, records, turns, q_norm, k_norm, layer, stride, scale, window, eps,
-    KV: tl.constexpr, REPEAT: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, WARPS: tl.constexpr,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+    KV: tl.constexpr, REPEAT: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Each warp takes tokens of its own, BLOCK at once, so that warps wait for each other only at the end. The first
-    split also takes the newest token, and writes it to the cache; the others find what was there."""
+    """The first split begins with the newest token, which it takes to the cache; the others find what was there. Powers
+    are of 2, so `scale` holds log2(e), and `mass` is a logarithm to that base."""
     b = tl.program_id(0).to(tl.int64)
     kv = tl.program_id(1)
     split = tl.program_id(2)
     dtype: tl.constexpr = qkv.dtype.element_ty
-    size: tl.constexpr = dtype.primitive_bitwidth // 8
     record = records + b * RECORD
     behind = tl.load(record + BEHIND).to(tl.int32)
     length = tl.load(record + OWN_LENGTH).to(tl.int32)
@@ -413,19 +406,13 @@ def attend(
     prompt_values = (tl.load(record + PROMPT_VALUES) + prompt_at).to(kind)
     own_keys = (tl.load(record + OWN_KEYS) + own_at).to(kind)
     own_values = (tl.load(record + OWN_VALUES) + own_at).to(kind)
-
     position = behind + length
-    wide: tl.constexpr = WARPS * BLOCK
-    steps = tl.cdiv(tl.cdiv(position, wide), SPLITS)
-    start = split * steps * wide
-    stop = tl.where(going, tl.minimum(start + steps * wide, position), 0)
-    if EARLY:  # what is there before `qkv` is on its way to the L2 cache
-        lanes: tl.constexpr = 32 * WARPS
-        for begun in range(start, stop, lanes):
-            at = tl.minimum(begun + tl.arange(0, lanes), stop - 1)
-            in_prompt = at < behind
-            fetch_row(tl.where(in_prompt, prompt_keys + at * D, own_keys + (at - behind) * D), D * size)
-            fetch_row(tl.where(in_prompt, prompt_values + at * D, own_values + (at - behind) * D), D * size)
+    prompt_blocks = tl.cdiv(behind, BLOCK)
+    blocks = tl.where(going, prompt_blocks + tl.cdiv(length, BLOCK), 0)
+    each = tl.cdiv(blocks, SPLITS)
+    start = split * each
+    stop = tl.minimum(start + each, blocks)
+    if EARLY:
         gdc_wait()
 
     heads = tl.arange(0, PADDED)
@@ -435,57 +422,49 @@ def attend(
     here = qkv + b * stride
     turn = turns + b * (2 * D)
     query = rotated(here + kv * (REPEAT * D), real, q_norm, turn, eps, NORM, PADDED, D)
-    here += (KV * REPEAT + kv) * D
-    new = rotated(here, tl.full([1], 1, tl.int1), k_norm, turn, eps, NORM, 1, D)
-    value = tl.load(here + KV * D + cols)
-    newest = tl.sum(query.to(tl.float32) * new.to(tl.float32), 1) * scale
-    takes = (split == 0) & going
-    newest = tl.where(takes, newest, float("-inf"))
-    if takes:
+    top = tl.full([PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([PADDED], tl.float32)
+    found = tl.zeros([PADDED, D], tl.float32)
+    if (split == 0) & going:
+        here += (KV * REPEAT + kv) * D
+        new = rotated(here, tl.full([1], 1, tl.int1), k_norm, turn, eps, NORM, 1, D)
+        value = tl.load(here + KV * D + cols)
         tl.store(own_keys + length * D + cols[None, :], new)
         tl.store(own_values + length * D + cols, value)
-
-    queries = tl.broadcast_to(query[None, :, :], [WARPS, PADDED, D])
-    tokens = tl.arange(0, WARPS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    top = tl.full([WARPS, PADDED], float("-inf"), tl.float32)
-    total = tl.zeros([WARPS, PADDED], tl.float32)
-    found = tl.zeros([WARPS, PADDED, D], tl.float32)
-    for begun in range(start, stop, wide):
-        at = begun + tokens
-        there = at < stop
-        in_prompt = at < behind
-        # 16 bytes are loaded at once, and ahead: the compiler cannot know how an address from a table is aligned
-        keys_at = tl.multiple_of(tl.where(in_prompt, prompt_keys + at * D, own_keys + (at - behind) * D), [16, 16])
-        values_at = tl.where(in_prompt, prompt_values + at * D, own_values + (at - behind) * D)
-        values_at = tl.multiple_of(values_at, [16, 16])
-        key = tl.load(keys_at[:, None, :] + cols[None, :, None], there[:, None, :], 0.0)
-        values = tl.load(values_at[:, :, None] + cols[None, None, :], there[:, :, None], 0.0)
-        score = tl.dot(queries, key, input_precision="ieee") * scale
-        seen = there & (at > position - window)
-        score = tl.where(seen[:, None, :], score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, 2))
+        top = tl.sum(query.to(tl.float32) * new.to(tl.float32), 1) * scale
+        total += 1.0
+        found += value.to(tl.float32)[None, :]
+    for j in range(start, stop):
+        in_prompt = j < prompt_blocks
+        at = tl.where(in_prompt, j, j - prompt_blocks) * BLOCK + tl.arange(0, BLOCK)
+        end = tl.where(in_prompt, behind, length)
+        seen = (at < end) & (at + tl.where(in_prompt, 0, behind) > position - window)
+        # Behind the end the last token is loaded again, which takes less than a mask. 16 bytes are loaded at once, and
+        # ahead: the compiler cannot know how an address from a table is aligned.
+        place = tl.minimum(at, end - 1) * D
+        keys_at = tl.multiple_of(tl.where(in_prompt, prompt_keys, own_keys), 16)
+        values_at = tl.multiple_of(tl.where(in_prompt, prompt_values, own_values), 16)
+        key = tl.load(keys_at + place[None, :] + cols[:, None])
+        values = tl.load(values_at + place[:, None] + cols[None, :])
+        score = tl.dot(query, key, input_precision="ieee") * scale
+        score = tl.where(seen[None, :], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
-        power = tl.exp(score - safe[:, :, None])
-        decay = tl.exp(top - safe)
-        total = total * decay + tl.sum(power, 2)
-        found = found * decay[:, :, None] + tl.dot(power.to(dtype), values, input_precision="ieee")
+        power = tl.exp2(score - safe[:, None])
+        decay = tl.exp2(top - safe)
+        total = total * decay + tl.sum(power, 1)
+        found = found * decay[:, None] + tl.dot(power.to(dtype), values, input_precision="ieee")
         top = higher
     if EARLY:
         gdc_launch_dependents()
-    highest = tl.maximum(tl.max(top, 0), newest)
-    safe = tl.where(highest == float("-inf"), 0.0, highest)
-    decay = tl.exp(top - safe[None, :])
-    fresh = tl.exp(newest - safe)
-    mass_here = tl.sum(total * decay, 0) + fresh
-    result = tl.sum(found * decay[:, :, None], 0) + fresh[:, None] * value.to(tl.float32)[None, :]
-    some = tl.where(mass_here == 0, 1.0, mass_here)
-    result = result / some[:, None]
+    some = tl.where(total == 0, 1.0, total)
+    found = found / some[:, None]
     if SPLITS == 1:
-        tl.store(out + (first + heads)[:, None] * D + cols[None, :], result.to(dtype), real[:, None])
+        tl.store(out + (first + heads)[:, None] * D + cols[None, :], found.to(dtype), real[:, None])
     else:
         spot = (first + heads) * SPLITS + split
-        tl.store(out + spot[:, None] * D + cols[None, :], result, real[:, None])
-        tl.store(mass + spot, tl.where(mass_here == 0, float("-inf"), safe + tl.log(some)), real)
+        tl.store(out + spot[:, None] * D + cols[None, :], found, real[:, None])
+        tl.store(mass + spot, tl.where(total == 0, float("-inf"), top + tl.log2(some)), real)
 
 
 @triton.jit
@@ -498,7 +477,7 @@ def combine(part, mass, out, D: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.c
     real = splits < SPLITS
     weight = tl.load(mass + at * SPLITS + splits, real, float("-inf"))
     top = tl.max(weight, 0)
-    weight = tl.exp(weight - tl.where(top == float("-inf"), 0.0, top))
+    weight = tl.exp2(weight - tl.where(top == float("-inf"), 0.0, top))
     weight = weight / tl.maximum(tl.sum(weight, 0), 1e-30)
     parts = tl.load(part + (at * SPLITS + splits)[:, None] * D + cols[None, :], real[:, None], 0.0)
     if EARLY:

@@ -396,8 +396,7 @@ class Decoder:
     def hidden(self, rows: Tensor, table: Table, trunk_layer: int | None = None) -> Tensor:
         """Runs each row's next token, writing its keys and values: [B, H] behind the last norm."""
         do, eps = self.operations, self.eps
-        do.begin(rows, table, self.heads)
-        stream = Stream(F.embedding(table.info[rows, -1].long(), self.embedding))
+        stream = Stream(do.begin(rows, table, self.heads, self.embedding))
         next_norms = [*(layer.first_norm for layer in self.layers[1:]), None]
         for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
             if index == trunk_layer:

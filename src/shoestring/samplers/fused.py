@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,10 +16,8 @@ from shoestring.types import Paths
 
 # Logits that one program of the draw looks at.
 _DRAW_BLOCK = 4096
-# Warps of a program of attention, tokens that each takes at once, and steps loaded ahead.
-_ATTENTION = (4, 32, 2)
-# Steps that a part of attention has at least.
-_LEAST_BLOCKS = 2
+# Blocks of tokens that a part of attention has at least.
+_LEAST_BLOCKS = 4
 # Up to so many rows a product takes long steps of few columns.
 _FEW_ROWS = 64
 # A product is one kernel up to so many multiplications and rows, with an A and a B beside it up to twice as many, of at
@@ -74,24 +73,24 @@ class Fused:
         shared = not gated and tiles * _SPLITS * 4 <= self._programs * 3 and 2 * inputs >= 3 * _SPLITS * block_k
         return Tile(block_m, block_n, block_k, self.stages(a_term * block_k, ahead), _SPLITS if shared else 1)
 
-    def attention(self, size: int, itemsize: int) -> tuple[int, int, int]:
-        """Warps of a program of `attend`, tokens that each takes at once, and how many steps it loads ahead, by the
-        size of heads."""
-        warps, block, ahead = _ATTENTION
-        while warps * block > 16 and self.stages(2 * warps * block * size * itemsize, ahead) < 2:
-            warps, block = (warps, block // 2) if block > 16 else (warps // 2, block)
-        return warps, block, self.stages(2 * warps * block * size * itemsize, ahead)
+    def attention(self, size: int, itemsize: int) -> tuple[int, int]:
+        """Tokens that a program of `attend` takes at once, by the size of heads, and how many steps it loads ahead."""
+        block, ahead = (64, 3) if itemsize == 2 else (32, 2)
+        while block > 16 and self.stages(2 * block * size * itemsize, ahead) < 2:
+            block //= 2
+        return block, self.stages(2 * block * size * itemsize, ahead)
 
-    def begin(self, rows: Tensor, table: Table, heads: Heads) -> None:
-        assert table.keys is not None
-        d, dtype = heads.head_dim, table.keys.own.dtype
+    def begin(self, rows: Tensor, table: Table, heads: Heads, embedding: Tensor) -> Tensor:
+        width, d = embedding.shape[1], heads.head_dim
+        x = embedding.new_empty(len(rows), width)
         records = torch.empty(len(rows), 16, dtype=torch.int64, device=rows.device)
         turns = torch.empty(len(rows), 2, d, dtype=torch.float32, device=rows.device)
         kernels().begin[(len(rows),)](
-            table.info, rows, table.where, heads.inv_freq, records, turns, heads.scaling, KV=heads.kv_heads, D=d,
-            SIZE=dtype.itemsize, TYPE=kernels().TYPES[dtype], num_warps=1,
+            table.info, rows, table.where, heads.inv_freq, embedding, x, records, turns, heads.scaling, width,
+            KV=heads.kv_heads, D=d, WIDTH=_power(width), num_warps=4,
         )  # fmt: skip
         self._begun = records, turns
+        return x
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(x, x, weight, eps, add=False)
@@ -129,8 +128,8 @@ class Fused:
         window: int | None,
     ) -> Tensor:
         count, d = len(qkv), heads.head_dim
-        warps, block, stages = self.attention(d, qkv.element_size())
-        splits = self._splits(count * heads.kv_heads, table, warps * block)
+        block, stages = self.attention(d, qkv.element_size())
+        splits = self._splits(count * heads.kv_heads, table, block)
         out = qkv.new_empty(count, heads.heads * d)
         part = qkv.new_empty((count, heads.heads, splits, d), dtype=torch.float32) if splits > 1 else out
         mass = qkv.new_empty((count, heads.heads, splits), dtype=torch.float32) if splits > 1 else out
@@ -138,10 +137,10 @@ class Fused:
         first, second = norms if norms is not None else (heads.inv_freq, heads.inv_freq)
         assert self._begun is not None
         kernels().attend[(count, heads.kv_heads, splits)](
-            qkv, part, mass, *self._begun, first, second, layer, qkv.stride(0), d**-0.5,
+            qkv, part, mass, *self._begun, first, second, layer, qkv.stride(0), math.log2(math.e) * d**-0.5,
             2**30 if window is None else window, heads.eps, KV=heads.kv_heads, REPEAT=repeat,
-            PADDED=max(_power(repeat), 16), D=d, WARPS=warps, BLOCK=block, SPLITS=splits, NORM=norms is not None,
-            EARLY=self._early, num_warps=warps, num_stages=stages, launch_pdl=self._early,
+            PADDED=max(_power(repeat), 8), D=d, BLOCK=block, SPLITS=splits, NORM=norms is not None,
+            EARLY=self._early, num_warps=4, num_stages=stages, launch_pdl=self._early,
         )  # fmt: skip
         if splits > 1:
             kernels().combine[(count, heads.heads)](

@@ -138,8 +138,8 @@ class Operations(Protocol):
         """Whether a completion's row of the cache begins with its prompt."""
         ...
 
-    def begin(self, rows: Tensor, table: Table, heads: Heads) -> None:
-        """A step of these rows, [B], begins."""
+    def begin(self, rows: Tensor, table: Table, heads: Heads, embedding: Tensor) -> Tensor:
+        """A step of these rows, [B], begins: the embeddings of their next tokens, [B, H] of [V, H]."""
         ...
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -67,8 +67,9 @@ class Plain:
         self._turn: tuple[Tensor, Tensor, Tensor] | None = None
         """Positions that were last rotated, and their `_turn`."""
 
-    def begin(self, rows: Tensor, table: Table, heads: Heads) -> None:
+    def begin(self, rows: Tensor, table: Table, heads: Heads, embedding: Tensor) -> Tensor:
         self._step = _Step(rows, table, heads)
+        return F.embedding(table.info[rows, TOKEN].long(), embedding)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)
