@@ -25,7 +25,7 @@ TABLES = {"records": "*i64", "arrived": "*i32"} | dict.fromkeys(("turns", "mass"
 ALIGNED = ("outs", "inputs", "tail", "x_stride", "stride")
 
 
-def compiled(kernel: Any, capability: int, constants: dict[str, Any], stages: int) -> dict[str, Any]:
+def compiled(kernel: Any, capability: int, constants: dict[str, Any], stages: int, warps: int = 4) -> dict[str, Any]:
     """For bf16."""
     types: dict[str, str] = {}
     for name in kernel.arg_names:
@@ -34,7 +34,7 @@ def compiled(kernel: Any, capability: int, constants: dict[str, Any], stages: in
     names = enumerate(kernel.arg_names)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in names if types[name][0] == "*" or name in ALIGNED}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    options = {"num_stages": stages, "launch_pdl": constants["EARLY"]}
+    options = {"num_stages": stages, "num_warps": warps, "launch_pdl": constants["EARLY"]}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     text = made.asm["ptx"]
     before, _, _ = text.partition("griddepcontrol.wait")
@@ -57,12 +57,12 @@ def main(capability: int, shared: int) -> None:
             tile = do.tile(rows, outs, inputs, rank, 2, gated=gated)
             sizes = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.terms, "SPLITS": tile.splits}
             kind = {"NORM": norm, "BIAS": norm, "GATED": gated, "ADD": not norm, "GAIN": not norm, "RANK": rank}
-            constants = {**kind, "PARTS": 64 if norm else 1, "EARLY": early, "FETCH": early, **sizes}
+            constants = {**kind, "PARTS": 64 if norm else 1, "EARLY": early, "FETCH": early, "EVEN": inputs % tile.terms == 0, **sizes}
             found.append(compiled(decode.product, capability, constants, tile.stages))
-    for size in (64, 128, 256):
-        block, stages = do.attention(size, 2)
+    for size, programs in ((64, 300), (64, 30), (128, 300), (128, 30), (256, 30)):
+        warps, block, stages = do.attention(programs, size, 2)
         sizes = {"KV": 2, "REPEAT": 6, "PADDED": 8, "D": size, "BLOCK": block, "SPLITS": 1}
-        found.append(compiled(decode.attend, capability, {**sizes, "NORM": False, "EARLY": early}, stages))
+        found.append(compiled(decode.attend, capability, {**sizes, "NORM": False, "EARLY": early}, stages, warps))
     print(json.dumps(found))
 
 

@@ -52,20 +52,29 @@ def fetch(weight, first, count, inputs, start, stop, LANES: tl.constexpr):
 
 
 @triton.jit
+def loaded(places, real, EVEN: tl.constexpr):
+    """What is there, and 0 where nothing `real` is; EVEN says that there is something everywhere."""
+    return tl.load(places) if EVEN else tl.load(places, real, 0.0)
+
+
+@triton.jit
 def product(
     x, squares, weight, bias, down, up, out, gain, gained, sums, part, arrived,
     rows, outs, inputs, tail, parts, x_stride, eps,
     NORM: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
-    GAIN: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr, FETCH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GAIN: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    FETCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x weight^T + bias + (x down^T) up^T, [rows, outs]; GATED: silu of such a one times another, whose weights, bias and
-    `up` lie `outs` rows behind. NORM: x has been multiplied by an RMS norm's weight, and its `parts` of a sum of squares
-    are at hand, whose scale multiplies the sums. ADD: added to what is there; with GAIN the result is also kept times
-    the next norm's `gain`, and the sum of its squares in this block. RANK, 0 or 16 or more, is a power of 2 of `tail` or
-    above it. SPLITS programs share the terms of a sum; the last to arrive adds up what they have found, in order.
+    `up` lie `outs` rows behind. NORM: x has been multiplied by an RMS norm's weight, and the `parts` of its sum of
+    squares are at hand, whose scale multiplies what is found. ADD: added to what is there; with GAIN the result is also
+    kept times the next norm's `gain`, with the sum of its squares in this block. RANK, 0 or 16 or more, is a power of 2
+    of `tail` or above it. SPLITS programs share the terms of a sum; the last to arrive adds up what they have found, in
+    order. EVEN: BLOCK_K divides `inputs`.
 
-    What does not hang on the kernel before is done in front of `gdc_wait`, where kernels start EARLY."""
+    A warp gives some 1,000 instructions, one every five cycles, which is most of the time that a small product takes:
+    hence the care for masks. What does not hang on the kernel before is done in front of `gdc_wait`, where kernels
+    start EARLY."""
     dtype: tl.constexpr = out.dtype.element_ty
     exact: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"  # pyright: ignore[reportAssignmentType]
     first = tl.program_id(0) * BLOCK_N
@@ -86,33 +95,33 @@ def product(
         b = tl.load(ups, thin, 0.0)
         if GATED:
             more_b = tl.load(ups + outs * tail, thin, 0.0)
-        ds = down + r[None, :] * inputs + k[:, None]
+        ds = down + tl.minimum(r, tail - 1)[None, :] * inputs + k[:, None]
         inner = tl.zeros((BLOCK_M, RANK), tl.float32)
     if GAIN:
         factor = tl.load(gain + n, n < outs, 0.0).to(tl.float32)
-    if EARLY:
-        gdc_wait()
+    # Rows and columns that are not there are others again, which takes less than a mask.
+    xs = x + tl.minimum(m, rows - 1)[:, None] * x_stride + k[None, :]
+    ws = weight + tl.minimum(n, outs - 1)[None, :] * inputs + k[:, None]
     here = (m[:, None] < rows) & (n[None, :] < outs)
     spot = m[:, None] * outs + n[None, :]
+    if EARLY:
+        gdc_wait()
     if NORM:
         p = tl.arange(0, PARTS)
-        square = tl.load(squares + p[:, None] * rows + m[None, :], (p[:, None] < parts) & (m[None, :] < rows), 0.0)
+        square = tl.load(squares + p[:, None] * rows + tl.minimum(m, rows - 1)[None, :], p[:, None] < parts, 0.0)
     if ADD and SPLITS == 1:
         before = tl.load(out + spot, here, 0.0)
-    xs = x + m[:, None] * x_stride + k[None, :]
-    ws = weight + n[None, :] * inputs + k[:, None]
     found = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     more = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(begin, end, BLOCK_K):
-        left = inputs - start
-        given = tl.load(xs + start, (m[:, None] < rows) & (k[None, :] < left), 0.0)
-        real = (n[None, :] < outs) & (k[:, None] < left)
-        found = tl.dot(given, tl.load(ws + start, real, 0.0), found, input_precision=exact)
+        real = k < inputs - start
+        given = loaded(xs + start, real[None, :], EVEN)
+        found = tl.dot(given, loaded(ws + start, real[:, None], EVEN), found, input_precision=exact)
         if GATED:
-            more = tl.dot(given, tl.load(ws + outs * inputs + start, real, 0.0), more, input_precision=exact)
+            also = loaded(ws + outs * inputs + start, real[:, None], EVEN)
+            more = tl.dot(given, also, more, input_precision=exact)
         if RANK:
-            a = tl.load(ds + start, (r[None, :] < tail) & (k[:, None] < left), 0.0)
-            inner = tl.dot(given, a, inner, input_precision=exact)
+            inner = tl.dot(given, loaded(ds + start, real[:, None], EVEN), inner, input_precision=exact)
     if EARLY:
         gdc_launch_dependents()
     if NORM:
@@ -151,7 +160,7 @@ def product(
             found += before.to(tl.float32)
         tl.store(out + spot, found.to(dtype), here)
         if GAIN:
-            wide = found.to(dtype).to(tl.float32)
+            wide = tl.where(here, found.to(dtype).to(tl.float32), 0.0)
             tl.store(gained + spot, (wide * factor[None, :]).to(dtype), here)
             tl.store(sums + tl.program_id(0) * rows + m, tl.sum(wide * wide, 1), m < rows)
 

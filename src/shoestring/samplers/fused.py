@@ -73,12 +73,13 @@ class Fused:
         shared = not gated and tiles * _SPLITS * 4 <= self._programs * 3 and 2 * inputs >= 3 * _SPLITS * block_k
         return Tile(block_m, block_n, block_k, self.stages(a_term * block_k, ahead), _SPLITS if shared else 1)
 
-    def attention(self, size: int, itemsize: int) -> tuple[int, int]:
-        """Tokens that a program of `attend` takes at once, by the size of heads, and how many steps it loads ahead."""
-        block, ahead = (64, 3) if itemsize == 2 else (32, 2)
+    def attention(self, programs: int, size: int, itemsize: int) -> tuple[int, int, int]:
+        """Warps of a program of `attend`, tokens that it takes at once, and how many steps it loads ahead, by the size
+        of heads: many where there are too few programs for all multiprocessors."""
+        warps, block, ahead = (4, 32, 2) if itemsize == 4 else (8, 128, 3) if 2 * programs <= self._programs else (4, 64, 3)
         while block > 16 and self.stages(2 * block * size * itemsize, ahead) < 2:
             block //= 2
-        return block, self.stages(2 * block * size * itemsize, ahead)
+        return warps, block, self.stages(2 * block * size * itemsize, ahead)
 
     def begin(self, rows: Tensor, table: Table, heads: Heads, embedding: Tensor) -> Tensor:
         width, d = embedding.shape[1], heads.head_dim
@@ -128,8 +129,9 @@ class Fused:
         window: int | None,
     ) -> Tensor:
         count, d = len(qkv), heads.head_dim
-        block, stages = self.attention(d, qkv.element_size())
-        splits = self._splits(count * heads.kv_heads, table, block)
+        programs = count * heads.kv_heads
+        warps, block, stages = self.attention(programs, d, qkv.element_size())
+        splits = self._splits(programs, table, block)
         out = qkv.new_empty(count, heads.heads * d)
         part = qkv.new_empty((count, heads.heads, splits, d), dtype=torch.float32) if splits > 1 else out
         mass = qkv.new_empty((count, heads.heads, splits), dtype=torch.float32) if splits > 1 else out
@@ -140,7 +142,7 @@ class Fused:
             qkv, part, mass, *self._begun, first, second, layer, qkv.stride(0), math.log2(math.e) * d**-0.5,
             2**30 if window is None else window, heads.eps, KV=heads.kv_heads, REPEAT=repeat,
             PADDED=max(_power(repeat), 8), D=d, BLOCK=block, SPLITS=splits, NORM=norms is not None,
-            EARLY=self._early, num_warps=4, num_stages=stages, launch_pdl=self._early,
+            EARLY=self._early, num_warps=warps, num_stages=stages, launch_pdl=self._early,
         )  # fmt: skip
         if splits > 1:
             kernels().combine[(count, heads.heads)](
@@ -221,9 +223,9 @@ class Fused:
             weight if gain is None else gain, kept, sums, part, self._counters(out.device), rows, outs, inputs,
             len(down), 0 if squares is None else len(squares), x.stride(0), eps, NORM=squares is not None,
             BIAS=bias is not None, RANK=ranks, GATED=gated, ADD=stream is not None, GAIN=gain is not None,
-            PARTS=1 if squares is None else _power(len(squares)), SPLITS=tile.splits, EARLY=self._early,
-            FETCH=self._early and weight.numel() <= _FETCHED, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-            BLOCK_K=tile.terms, num_warps=4, num_stages=tile.stages, launch_pdl=self._early,
+            PARTS=1 if squares is None else _power(len(squares)), SPLITS=tile.splits, EVEN=inputs % tile.terms == 0,
+            EARLY=self._early, FETCH=self._early and weight.numel() <= _FETCHED, BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns, BLOCK_K=tile.terms, num_warps=4, num_stages=tile.stages, launch_pdl=self._early,
         )  # fmt: skip
 
     def _counters(self, device: torch.device) -> Tensor:
