@@ -57,7 +57,14 @@ def main(capability: int, shared: int) -> None:
             tile = do.tile(rows, outs, inputs, rank, 2, gated=gated)
             sizes = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.terms, "SPLITS": tile.splits}
             kind = {"NORM": norm, "BIAS": norm, "GATED": gated, "ADD": not norm, "GAIN": not norm, "RANK": rank}
-            constants = {**kind, "PARTS": 64 if norm else 1, "EARLY": early, "FETCH": early, "EVEN": inputs % tile.terms == 0, **sizes}
+            constants = {
+                **kind,
+                "PARTS": 64 if norm else 1,
+                "EARLY": early,
+                "FETCH": early,
+                "EVEN": inputs % tile.terms == 0,
+                **sizes,
+            }
             found.append(compiled(decode.product, capability, constants, tile.stages))
     for size, programs in ((64, 300), (64, 30), (128, 300), (128, 30), (256, 30)):
         warps, block, stages = do.attention(programs, size, 2)

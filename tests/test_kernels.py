@@ -172,7 +172,9 @@ class Thin:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("rows", [1, 5, 70])
-@pytest.mark.parametrize(("outs", "inputs", "tail", "bias"), [(96, 64, 8, False), (200, 72, 24, True), (40, 400, 0, True)])
+@pytest.mark.parametrize(
+    ("outs", "inputs", "tail", "bias"), [(96, 64, 8, False), (200, 72, 24, True), (40, 400, 0, True)]
+)
 def test_products(rows: int, outs: int, inputs: int, tail: int, bias: bool, dtype: torch.dtype) -> None:
     """Of a stream that a product has been added to, whose kernel has begun its norm, and of one without. The last of
     the sizes has sums that programs share."""
@@ -235,7 +237,9 @@ def test_a_product_in_half_precision_norms_first() -> None:
         do.add_linear(stream, normal(5, 96, seed=7).half(), back, norm)
         found = do.normed_linear(stream, norm, 1e-6, product)
         assert found.isfinite().all()
-        torch.testing.assert_close(found, Plain().normed_linear(Stream(stream.x), norm, 1e-6, product), atol=5e-2, rtol=1e-2)
+        torch.testing.assert_close(
+            found, Plain().normed_linear(Stream(stream.x), norm, 1e-6, product), atol=5e-2, rtol=1e-2
+        )
 
 
 def test_which_products_are_one_kernel() -> None:

@@ -3,7 +3,8 @@ unless said otherwise."""
 
 # Triton's types do not know what its compiler does with constants:
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportMissingImports=false
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportAssignmentType=false, reportPossiblyUnboundVariable=false
+# pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton
@@ -65,8 +66,8 @@ def product(
     GAIN: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
     FETCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x weight^T + bias + (x down^T) up^T, [rows, outs]; GATED: silu of such a one times another, whose weights, bias and
-    `up` lie `outs` rows behind. NORM: x has been multiplied by an RMS norm's weight, and the `parts` of its sum of
+    """x weight^T + bias + (x down^T) up^T, [rows, outs]; GATED: silu of such a one times another, whose weights, bias
+    and `up` lie `outs` rows behind. NORM: x has been multiplied by an RMS norm's weight, and the `parts` of its sum of
     squares are at hand, whose scale multiplies what is found. ADD: added to what is there; with GAIN the result is also
     kept times the next norm's `gain`, with the sum of its squares in this block. RANK, 0 or 16 or more, is a power of 2
     of `tail` or above it. SPLITS programs share the terms of a sum; the last to arrive adds up what they have found, in
@@ -74,9 +75,9 @@ def product(
 
     A warp gives some 1,000 instructions, one every five cycles, which is most of the time that a small product takes:
     hence the care for masks. What does not hang on the kernel before is done in front of `gdc_wait`, where kernels
-    start EARLY."""
+    start EARLY; the next one may start when all programs have waited, so that no third one takes their places."""
     dtype: tl.constexpr = out.dtype.element_ty
-    exact: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"  # pyright: ignore[reportAssignmentType]
+    exact: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"
     first = tl.program_id(0) * BLOCK_N
     n, m = first + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
@@ -106,9 +107,10 @@ def product(
     spot = m[:, None] * outs + n[None, :]
     if EARLY:
         gdc_wait()
+        gdc_launch_dependents()
     if NORM:
         p = tl.arange(0, PARTS)
-        square = tl.load(squares + p[:, None] * rows + tl.minimum(m, rows - 1)[None, :], p[:, None] < parts, 0.0)
+        square = tl.load(squares + p[:, None] * rows + m[None, :], (p[:, None] < parts) & (m[None, :] < rows), 0.0)
     if ADD and SPLITS == 1:
         before = tl.load(out + spot, here, 0.0)
     found = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -122,10 +124,9 @@ def product(
             more = tl.dot(given, also, more, input_precision=exact)
         if RANK:
             inner = tl.dot(given, loaded(ds + start, real[:, None], EVEN), inner, input_precision=exact)
-    if EARLY:
-        gdc_launch_dependents()
     if NORM:
-        scale = tl.rsqrt(tl.sum(square, 0) / inputs + eps)[:, None]
+        mean = tl.where(m < rows, tl.sum(square, 0) / inputs, 1.0)  # not 0 in rows that are not there
+        scale = tl.rsqrt(mean + eps)[:, None]
         found *= scale
         more *= scale
         if RANK:
@@ -423,6 +424,7 @@ def attend(
     stop = tl.minimum(start + each, blocks)
     if EARLY:
         gdc_wait()
+        gdc_launch_dependents()
 
     heads = tl.arange(0, PADDED)
     cols = tl.arange(0, D)
@@ -464,8 +466,6 @@ def attend(
         total = total * decay + tl.sum(power, 1)
         found = found * decay[:, None] + tl.dot(power.to(dtype), values, input_precision="ieee")
         top = higher
-    if EARLY:
-        gdc_launch_dependents()
     some = tl.where(total == 0, 1.0, total)
     found = found / some[:, None]
     if SPLITS == 1:
@@ -480,6 +480,7 @@ def attend(
 def combine(part, mass, out, D: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
         gdc_wait()
+        gdc_launch_dependents()
     at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     splits = tl.arange(0, PADDED)
     cols = tl.arange(0, D)
@@ -489,8 +490,6 @@ def combine(part, mass, out, D: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.c
     weight = tl.exp2(weight - tl.where(top == float("-inf"), 0.0, top))
     weight = weight / tl.maximum(tl.sum(weight, 0), 1e-30)
     parts = tl.load(part + (at * SPLITS + splits)[:, None] * D + cols[None, :], real[:, None], 0.0)
-    if EARLY:
-        gdc_launch_dependents()
     tl.store(out + at * D + cols, tl.sum(parts * weight[:, None], 0).to(out.dtype.element_ty))
 
 

@@ -76,7 +76,9 @@ class Fused:
     def attention(self, programs: int, size: int, itemsize: int) -> tuple[int, int, int]:
         """Warps of a program of `attend`, tokens that it takes at once, and how many steps it loads ahead, by the size
         of heads: many where there are too few programs for all multiprocessors."""
-        warps, block, ahead = (4, 32, 2) if itemsize == 4 else (8, 128, 3) if 2 * programs <= self._programs else (4, 64, 3)
+        warps, block, ahead = (
+            (4, 32, 2) if itemsize == 4 else (8, 128, 3) if 2 * programs <= self._programs else (4, 64, 3)
+        )
         while block > 16 and self.stages(2 * block * size * itemsize, ahead) < 2:
             block //= 2
         return warps, block, self.stages(2 * block * size * itemsize, ahead)
@@ -171,9 +173,7 @@ class Fused:
         self._normed(stream, norm, eps, product, out, gated=True)
         return out
 
-    def _normed(
-        self, stream: Stream, norm: Tensor, eps: float, product: Product, out: Tensor, *, gated: bool
-    ) -> None:
+    def _normed(self, stream: Stream, norm: Tensor, eps: float, product: Product, out: Tensor, *, gated: bool) -> None:
         """Where the kernel before has left what a norm needs, the product's own norms as well."""
         if stream.gained is None:
             self._product(self.norm(stream.x, norm, eps), product, out, gated=gated)
