@@ -2,8 +2,8 @@
 
     python bench/decode.py OUT [--tiny] [--profile] [--only NAME]
 
-The sampling of W1 and of W2's shape by itself: sampler `graph`, ends ignored, five samplings after a first one. With
---profile, the kernels of a decode step by their time.
+The sampling of W1 and of W2's shape by itself, and of 64 completions of two smaller models: sampler `graph`, ends
+ignored, five samplings after a first one. With --profile, the kernels of a decode step by their time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from shoestring.types import Problem, Prompt
 CASES: dict[str, tuple[str, str, dict[str, Any], int, int, int, int]] = {
     "w1": ("qwen2-1.5b", "bf16", {"modules": ("q_proj", "v_proj"), "layers": "last-third"}, 8, 8, 128, 256),
     "w2": ("smollm2-135m", "bf16", {}, 16, 16, 128, 96),
+    "0.5b": ("qwen2-0.5b", "bf16", {"modules": ("q_proj", "v_proj"), "layers": "last-third"}, 4, 16, 128, 256),
+    "135m": ("smollm2-135m", "bf16", {"modules": ("q_proj", "v_proj"), "layers": "last-third"}, 4, 16, 128, 256),
     "w1 nf4": ("qwen2-1.5b", "nf4", {"modules": ("q_proj", "v_proj"), "layers": "last-third"}, 8, 8, 128, 256),
 }
 

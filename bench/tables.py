@@ -491,6 +491,7 @@ TABLES = {
     "memory-grid": memory_grid,
     "on-paper": on_paper,
     "w1": w1,
+    "w1-h100": lambda: w1("w1-h100"),
     "w1-short": w1_short,
     "w2": lambda: w1("w2"),
     "growth": growth,
