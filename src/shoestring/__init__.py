@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from shoestring.config import RunConfig, load
     from shoestring.errors import ConfigError, DataError
     from shoestring.evaluation import evaluate
-    from shoestring.loop import Run, train
+    from shoestring.finished import Run
+    from shoestring.loop import train
     from shoestring.policy import Policy, load_policy
     from shoestring.supervised import SftConfig, merge, sft
 
@@ -32,7 +33,7 @@ _HOME = {
     "SftConfig": "supervised",
     "merge": "supervised",
     "sft": "supervised",
-    "Run": "loop",
+    "Run": "finished",
     "train": "loop",
 }
 

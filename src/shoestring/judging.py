@@ -18,24 +18,28 @@ from shoestring.evaluation import (
     evaluate_by_rewards,
 )
 from shoestring.policy import Policy
-from shoestring.rewards import Rewards, TrainerState, check_task
+from shoestring.rewards import RewardFunction, Rewards, TrainerState, check_task
 from shoestring.rollout import rows
 from shoestring.samplers.base import Engine
 from shoestring.tasks.base import Task
 
+_BY_ANSWERS = "name the task, as in --task svamp, to judge by its answers"
+
 
 @dataclass(frozen=True)
 class Judge:
-    """A task's answers, or the rewards named (None: the answers). To these it is the last of `steps` steps, whatever
-    is judged, so that before and after compare."""
+    """A task's answers, or the rewards named (None: the answers), whose place `functions` may take. To these it is the
+    last of `steps` steps, whatever is judged, so that before and after compare."""
 
     task: Task
     rewards: RewardSettings | None = None
     steps: int = 0
+    functions: tuple[RewardFunction | str, ...] = ()
 
     @classmethod
-    def of(cls, config: RunConfig) -> Judge:
-        return cls(config.task, config.rewards if config.evaluated_by == "rewards" else None, config.steps)
+    def of(cls, config: RunConfig, functions: tuple[RewardFunction | str, ...] = ()) -> Judge:
+        by_rewards = functions or config.evaluated_by == "rewards"
+        return cls(config.task, config.rewards if by_rewards else None, config.steps, functions)
 
     @classmethod
     def of_run(cls, saved: Mapping[str, Any], task: Task) -> Judge:
@@ -51,26 +55,26 @@ class Judge:
         """What the judgement's figure is called."""
         return "accuracy" if self.rewards is None else "reward"
 
-    def check(self, settings: EvalSettings | None = None) -> None:
-        """Raises `ConfigError` for what cannot be judged in a process of its own."""
+    def check(
+        self,
+        settings: EvalSettings | None = None,
+        call: str = f"train(..., eval_data=[...]) evaluates as it trains; or {_BY_ANSWERS}",
+    ) -> None:
+        """Raises `ConfigError` for what cannot be judged; `call` can, where the rewards are not at hand."""
         if self.rewards is None:
             check_judges(self.task)
             return
-        by_answers = "name the task, as in --task svamp, to judge by its answers"
         if settings is not None and (settings.num_samples > 1 or settings.temperature):
             raise ConfigError(
                 f"it is judged by its rewards, and k is {list(settings.ks)}, samples {settings.num_samples}, "
                 f"temperature {settings.settled_temperature:g}",
                 "rewards judge one greedy completion of each problem",
-                f"leave these out, or {by_answers}",
+                f"leave these out, or {_BY_ANSWERS}",
             )
-        check_task(self.rewards.functions, self.task)
-        runs.refuse_python(
-            "it is judged by its rewards",
-            self.rewards,
-            f"train(..., eval_data=[...]) evaluates as it trains; or {by_answers}",
-        )
-        Rewards(self.rewards.functions, self.rewards.weights)
+        if not self.functions:
+            runs.refuse_python("it is judged by its rewards", self.rewards, call)
+        scorer = self._scorer(self.rewards)
+        check_task([name for name in scorer.given if isinstance(name, str)], self.task)
 
     def judged(
         self,
@@ -83,7 +87,13 @@ class Judge:
         if self.rewards is None:
             return evaluate(policy, engine, self.task, settings, progress)
         state = TrainerState(global_step=self.steps, max_steps=self.steps)
-        with pool.opened(Rewards(self.rewards.functions, self.rewards.weights), self.task, self.rewards) as scoring:
+        with pool.opened(self._scorer(self.rewards), self.task, self.rewards) as scoring:
             return evaluate_by_rewards(
                 policy, engine, self.task, settings, lambda found: scoring.score(rows(found), state), progress
             )
+
+    def _scorer(self, rewards: RewardSettings) -> Rewards:
+        """The weights are the run's, if there are as many."""
+        functions = self.functions or rewards.functions
+        weights = rewards.weights
+        return Rewards(functions, weights if weights is None or len(weights) == len(functions) else None)

@@ -23,6 +23,7 @@ from shoestring.credit import credit_of
 from shoestring.environment import command, quoted
 from shoestring.errors import ConfigError, DataError, NonFiniteError, ShoestringError
 from shoestring.evaluation import EvalSettings, check_judges, evaluate, evaluate_by_rewards, first_problems
+from shoestring.finished import Run
 from shoestring.locks import locked
 from shoestring.memory import capped, give_back
 from shoestring.models import check_quantisation, pick_device
@@ -41,34 +42,10 @@ from shoestring.samplers.base import Engine
 from shoestring.signals import held_back
 from shoestring.summary import Done, step_report, warnings
 from shoestring.tasks.base import stable_hash
-from shoestring.types import Group, Problem, Prompt, StepReport
+from shoestring.types import Group, Problem, Prompt
 
 # A step whose gradient is not finite is skipped; so many in a row are no accident.
 _MOST_SKIPPED = 3
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished (or stopped) run: its folder, its settled config, its reports so far, and the policy as the last step
-    left it (with `evaluation.keep = "best"` the weights in the folder may be earlier ones)."""
-
-    folder: Path
-    config: RunConfig
-    reports: Sequence[StepReport]
-    policy: Policy
-    stopped_by: int = 0
-    """The signal that ended it early, or 0."""
-    best_step: int = -1
-    """Steps done at the best of its evaluations; -1 without any."""
-
-    @property
-    def result(self) -> Path:
-        """The folder of what was trained: the adapter, or the whole model."""
-        return self.folder / self.policy.result
-
-    @property
-    def adapter(self) -> Path:
-        return self.folder / "adapter"
 
 
 def train(
