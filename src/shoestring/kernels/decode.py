@@ -135,7 +135,7 @@ def product(
         found = tl.dot(inner.to(dtype), b, found, input_precision=exact)
         if GATED:
             more = tl.dot(inner.to(dtype), more_b, more, input_precision=exact)
-    last = first >= 0
+    last = first >= 0  # always; where programs share a sum, only one of them goes on
     if SPLITS > 1:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         tl.store(part + tl.program_id(2) * rows * outs + spot, found, here)
@@ -324,8 +324,8 @@ OWN_KEYS = tl.constexpr(2)
 OWN_VALUES = tl.constexpr(3)
 PROMPT_LAYER = tl.constexpr(4)
 OWN_LAYER = tl.constexpr(5)
-PROMPT_SLOTS = tl.constexpr(6)
-OWN_SLOTS = tl.constexpr(7)
+PROMPT_HEAD = tl.constexpr(6)
+OWN_HEAD = tl.constexpr(7)
 BEHIND = tl.constexpr(8)
 OWN_LENGTH = tl.constexpr(9)
 ENDED = tl.constexpr(10)
@@ -361,8 +361,8 @@ def begin(
     tl.store(record + OWN_VALUES, tl.load(where + 3) + own_at)
     tl.store(record + PROMPT_LAYER, tl.load(where + 6) * prompt_row)
     tl.store(record + OWN_LAYER, tl.load(where + 7) * own_row)
-    tl.store(record + PROMPT_SLOTS, prompt_slots)
-    tl.store(record + OWN_SLOTS, own_slots)
+    tl.store(record + PROMPT_HEAD, prompt_slots)
+    tl.store(record + OWN_HEAD, own_slots)
     tl.store(record + BEHIND, behind.to(tl.int64))
     tl.store(record + OWN_LENGTH, length.to(tl.int64))
     tl.store(record + ENDED, tl.load(own + DONE).to(tl.int64))
@@ -400,7 +400,8 @@ def attend(
     SPLITS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The first split begins with the newest token, which it takes to the cache; the others find what was there. Powers
-    are of 2, so `scale` holds log2(e), and `mass` is a logarithm to that base."""
+    are of 2, so `scale` holds log2(e), and `mass` is a logarithm to that base. Records are read before the wait: what
+    `begin` writes has to be two kernels back."""
     b = tl.program_id(0).to(tl.int64)
     kv = tl.program_id(1)
     split = tl.program_id(2)
@@ -409,8 +410,8 @@ def attend(
     behind = tl.load(record + BEHIND).to(tl.int32)
     length = tl.load(record + OWN_LENGTH).to(tl.int32)
     going = tl.load(record + ENDED) == 0
-    prompt_at = layer * tl.load(record + PROMPT_LAYER) + kv * tl.load(record + PROMPT_SLOTS)
-    own_at = layer * tl.load(record + OWN_LAYER) + kv * tl.load(record + OWN_SLOTS)
+    prompt_at = layer * tl.load(record + PROMPT_LAYER) + kv * tl.load(record + PROMPT_HEAD)
+    own_at = layer * tl.load(record + OWN_LAYER) + kv * tl.load(record + OWN_HEAD)
     kind: tl.constexpr = tl.pointer_type(dtype)
     prompt_keys = (tl.load(record + PROMPT_KEYS) + prompt_at).to(kind)
     prompt_values = (tl.load(record + PROMPT_VALUES) + prompt_at).to(kind)

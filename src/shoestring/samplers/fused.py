@@ -25,7 +25,7 @@ _FEW_ROWS = 64
 _MOST_WORK, _MOST_ROWS, _MOST_RANKS = 2**30, 512, 64
 # Weights of at most so many numbers are brought to the L2 cache while the kernel before still runs.
 _FETCHED = 2**21
-# Programs that share the terms of a long sum, if they then find at least half as many steps more than one each.
+# Programs that share the terms of a long sum, where that leaves each at least one step and a half.
 _SPLITS = 4
 
 
@@ -41,21 +41,22 @@ class Tile(NamedTuple):
 
 
 class Fused:
-    """Triton, for CUDA. Attention is cut into `splits` parts of each row's tokens where rows are few."""
+    """Triton, for CUDA. Long sums, and the tokens of attention where rows are few, are shared by several programs."""
 
     whole_rows = False
 
     def __init__(self, programs: int = 264, shared: int = 227 * 2**10, *, early: bool = False):
         """`programs` is how many keep the card busy, two a multiprocessor, and `shared` the bytes of shared memory that
         one can have: both by default an H100's. `early` kernels are launched before the one in front of them ends."""
-        self._programs, self._shared, self._early = programs, shared, early
+        self._programs, self._shared = programs, shared
+        self._start: dict[str, bool] = {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
         self._arrived: Tensor | None = None
         self._begun: tuple[Tensor, ...] = ()
 
     @classmethod
     def on(cls, device: torch.device) -> Fused:
         card = torch.cuda.get_device_properties(device)
-        early = (card.major, card.minor) >= (9, 0)
+        early = torch.version.cuda is not None and (card.major, card.minor) >= (9, 0)
         return cls(2 * card.multi_processor_count, card.shared_memory_per_multiprocessor - 2**10, early=early)
 
     def stages(self, size: int, most: int) -> int:
@@ -86,7 +87,7 @@ class Fused:
     def begin(self, rows: Tensor, table: Table, heads: Heads, embedding: Tensor) -> Tensor:
         width, d = embedding.shape[1], heads.head_dim
         x = embedding.new_empty(len(rows), width)
-        records = torch.empty(len(rows), 16, dtype=torch.int64, device=rows.device)
+        records = torch.empty(len(rows), kernels().RECORD.value, dtype=torch.int64, device=rows.device)
         turns = torch.empty(len(rows), 2, d, dtype=torch.float32, device=rows.device)
         kernels().begin[(len(rows),)](
             table.info, rows, table.where, heads.inv_freq, embedding, x, records, turns, heads.scaling, width,
@@ -139,16 +140,16 @@ class Fused:
         mass = qkv.new_empty((count, heads.heads, splits), dtype=torch.float32) if splits > 1 else out
         repeat = heads.heads // heads.kv_heads
         first, second = norms if norms is not None else (heads.inv_freq, heads.inv_freq)
-        assert self._begun is not None
+        assert self._begun, "attend comes behind begin"
         kernels().attend[(count, heads.kv_heads, splits)](
             qkv, part, mass, *self._begun, first, second, layer, qkv.stride(0), math.log2(math.e) * d**-0.5,
             2**30 if window is None else window, heads.eps, KV=heads.kv_heads, REPEAT=repeat,
             PADDED=max(_power(repeat), 8), D=d, BLOCK=block, SPLITS=splits, NORM=norms is not None,
-            EARLY=self._early, num_warps=warps, num_stages=stages, launch_pdl=self._early,
+            num_warps=warps, num_stages=stages, **self._start,
         )  # fmt: skip
         if splits > 1:
             kernels().combine[(count, heads.heads)](
-                part, mass, out, D=d, SPLITS=splits, PADDED=_power(splits), EARLY=self._early, launch_pdl=self._early
+                part, mass, out, D=d, SPLITS=splits, PADDED=_power(splits), **self._start
             )
         return out
 
@@ -175,13 +176,13 @@ class Fused:
 
     def _normed(self, stream: Stream, norm: Tensor, eps: float, product: Product, out: Tensor, *, gated: bool) -> None:
         """Where the kernel before has left what a norm needs, the product's own norms as well."""
-        if stream.gained is None:
+        if stream.gained is None or stream.norm is not norm:
             self._product(self.norm(stream.x, norm, eps), product, out, gated=gated)
         else:
             self._product(stream.gained, product, out, gated=gated, squares=stream.squares, eps=eps)
 
     def add_linear(self, stream: Stream, y: Tensor, product: Product, norm: Tensor | None) -> None:
-        stream.gained = stream.squares = None
+        stream.norm, stream.gained, stream.squares = norm, None, None
         if self.one_kernel(y, product):
             self._product(y, product, stream.x, stream=stream, norm=norm)
         else:
@@ -224,8 +225,8 @@ class Fused:
             len(down), 0 if squares is None else len(squares), x.stride(0), eps, NORM=squares is not None,
             BIAS=bias is not None, RANK=ranks, GATED=gated, ADD=stream is not None, GAIN=gain is not None,
             PARTS=1 if squares is None else _power(len(squares)), SPLITS=tile.splits, EVEN=inputs % tile.terms == 0,
-            EARLY=self._early, FETCH=self._early and weight.numel() <= _FETCHED, BLOCK_M=tile.rows,
-            BLOCK_N=tile.columns, BLOCK_K=tile.terms, num_warps=4, num_stages=tile.stages, launch_pdl=self._early,
+            FETCH=self._start["EARLY"] and weight.numel() <= _FETCHED, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+            BLOCK_K=tile.terms, num_warps=4, num_stages=tile.stages, **self._start,
         )  # fmt: skip
 
     def _counters(self, device: torch.device) -> Tensor:

@@ -124,8 +124,10 @@ class Stream:
 
     x: Tensor
     """[B, H]."""
+    norm: Tensor | None = None
+    """That norm's weight, [H]."""
     gained: Tensor | None = None
-    """[B, H]: x times that norm's weight; None where nobody has taken the product."""
+    """[B, H]: x times it; None where nobody has taken the product."""
     squares: Tensor | None = None
     """[n, B] fp32: what blocks of each row's numbers have for the sum of their squares."""
 
