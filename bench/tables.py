@@ -276,7 +276,7 @@ def decode() -> str:
         [
             r["setting"],
             f"{r['tokens_per_s']:,.0f}",
-            f"{r['ms_a_step']:.1f}",
+            f"{r['ms_a_step']:.2f}",
             f"{r['sample_s']:.2f} ({r['sample_s_least']:.2f} to {r['sample_s_most']:.2f})",
             f"{r['first_s']:.1f}",
         ]
