@@ -173,15 +173,18 @@ class Thin:
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("rows", [1, 5, 70])
 @pytest.mark.parametrize(
-    ("outs", "inputs", "tail", "bias"), [(96, 64, 8, False), (200, 72, 24, True), (40, 400, 0, True)]
+    ("outs", "inputs", "tail", "bias"),
+    [(96, 64, 8, False), (200, 72, 24, True), (40, 400, 0, True), (64, 1600, 8, False)],
 )
 def test_products(rows: int, outs: int, inputs: int, tail: int, bias: bool, dtype: torch.dtype) -> None:
     """Of a stream that a product has been added to, whose kernel has begun its norm, and of one without. The last of
-    the sizes has sums that programs share."""
+    the sizes has sums that programs share, in any type."""
     x, do = normal(rows, inputs, dtype=dtype) * 3, Fused()
     product, before = Thin(outs, inputs, tail, bias, dtype), Thin(inputs, outs, tail, bias, dtype)
     norm = normal(inputs, seed=6, dtype=dtype)
-    assert do.one_kernel(x, product)
+    assert do.one_kernel(x, product) == bool(tail or dtype != torch.float32)
+    do.one_kernel = lambda x, product: True  # type: ignore[method-assign]
+    assert do.tile(rows, outs, inputs, 16, dtype.itemsize, gated=False).splits > 1 or inputs < 1600
     y = normal(rows, outs + 8, seed=7, dtype=dtype)[:, :outs]
     results = []
     for operations, single in ((do, False), (Plain(), False), (Plain(), True)):
@@ -254,7 +257,8 @@ def test_which_products_are_one_kernel() -> None:
         (513, 96, 64, 8, False),
     ):
         product: Any = SimpleNamespace(weight=torch.empty(outs, inputs, device="meta"), down=torch.empty(tail, inputs))
-        assert do.one_kernel(torch.empty(rows, 1), product) == one
+        assert do.one_kernel(torch.empty(rows, 1, dtype=torch.bfloat16), product) == one
+        assert do.one_kernel(torch.empty(rows, 1), product) == (one and tail > 0)
     quantised: Any = SimpleNamespace(weight=None, down=torch.empty(8, 64))
     assert not do.one_kernel(torch.empty(4, 1), quantised)
     wide = Thin(96, 64, 72, False, torch.float32)
@@ -348,12 +352,12 @@ def test_attention(
 _THERE_BEFORE = {"product": {"up", "gain"}, "attend": {"records"}, "combine": set[str]()}
 
 
-@pytest.mark.parametrize(("capability", "shared"), [(80, 163), (90, 227), (120, 99)])
+@pytest.mark.parametrize(("capability", "shared"), [(89, 99), (90, 227), (100, 227), (120, 99)])
 def test_kernels_compile_for_cards_that_are_not_here(capability: int, shared: int) -> None:
-    """For an A100, an H100 and an RTX 5090: within their shared memory, and loading ahead in whole
+    """For an RTX 4090, an H100, a B200 and an RTX 5090: within their shared memory, and loading ahead in whole
     lines. Where nothing tells that the cache's addresses are aligned, attention loads each number by itself, when it is
     needed. Kernels that start early read and write nothing of others' before they have waited, and let the next one go
-    only then. Programs that share a sum show their part before they count themselves."""
+    only then. Programs that share a sum show their part before they count themselves, in what is compiled."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name("compiled.py")), str(capability), str(shared)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -484,6 +488,24 @@ _ADAPTERS: dict[str, dict[str, Any] | None] = {
 @pytest.mark.parametrize("name", _ADAPTERS)
 def test_a_whole_sampling(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_LEAST_BLOCKS", 1)
+    sampled_as_by_transformers(family, name)
+
+
+def test_a_whole_sampling_with_products_of_both_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of a layer's are one kernel, others several."""
+    kinds = []
+    one_kernel = Fused.one_kernel
+
+    def told(do: Fused, x: torch.Tensor, product: Any) -> bool:
+        kinds.append(one_kernel(do, x, product))
+        return kinds[-1]
+
+    monkeypatch.setattr(Fused, "one_kernel", told)
+    sampled_as_by_transformers("qwen2", "gate and down of the last")
+    assert {True, False} == set(kinds)
+
+
+def sampled_as_by_transformers(family: str, name: str) -> None:
     policy: Any = random_policy(family, adapter=_ADAPTERS[name], sizes={"hidden_size": 64, "head_dim": 16})
     (policy.adapted or policy.base).to(DEVICE)
     prompts = [prompt(n, n) for n in (3, 9)]

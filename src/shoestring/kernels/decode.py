@@ -78,6 +78,7 @@ def product(
     start EARLY; the next one may start when all programs have waited, so that no third one takes their places."""
     dtype: tl.constexpr = out.dtype.element_ty
     exact: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"
+    ahead: tl.constexpr = dtype != tl.float32  # there are no registers for B in fp32 beside the sums
     first = tl.program_id(0) * BLOCK_N
     n, m = first + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
@@ -93,9 +94,10 @@ def product(
         r = tl.arange(0, RANK)
         thin = (n[None, :] < outs) & (r[:, None] < tail)
         ups = up + n[None, :] * tail + r[:, None]
-        b = tl.load(ups, thin, 0.0)
-        if GATED:
-            more_b = tl.load(ups + outs * tail, thin, 0.0)
+        if ahead:
+            b = tl.load(ups, thin, 0.0)
+            if GATED:
+                more_b = tl.load(ups + outs * tail, thin, 0.0)
         ds = down + tl.minimum(r, tail - 1)[None, :] * inputs + k[:, None]
         inner = tl.zeros((BLOCK_M, RANK), tl.float32)
     if GAIN:
@@ -132,6 +134,10 @@ def product(
         if RANK:
             inner *= scale
     if RANK:
+        if not ahead:
+            b = tl.load(ups, thin, 0.0)
+            if GATED:
+                more_b = tl.load(ups + outs * tail, thin, 0.0)
         found = tl.dot(inner.to(dtype), b, found, input_precision=exact)
         if GATED:
             more = tl.dot(inner.to(dtype), more_b, more, input_precision=exact)

@@ -41,7 +41,8 @@ class Tile(NamedTuple):
 
 
 class Fused:
-    """Triton, for CUDA. Long sums, and the tokens of attention where rows are few, are shared by several programs."""
+    """Triton, for CUDA. Long sums, and the tokens of attention where rows are few, are shared by several programs. One
+    of these serves one step at a time: its counters, and what `begin` found out, are its own."""
 
     whole_rows = False
 
@@ -189,8 +190,11 @@ class Fused:
             product.add_to(stream.x, y)
 
     def one_kernel(self, x: Tensor, product: Product) -> bool:
-        """Whether base product, A and B are better one kernel than several: beside a large weight cuBLAS is faster."""
+        """Whether base product, A and B are better one kernel than several: beside a large weight cuBLAS is faster, and
+        taken to be so for fp32 without an A, which was not measured."""
         if product.weight is None or len(product.down) > _MOST_RANKS or len(x) > _MOST_ROWS:
+            return False
+        if x.dtype == torch.float32 and not len(product.down):
             return False
         return max(len(x), _FEW_ROWS) * product.weight.numel() <= _MOST_WORK * (2 if len(product.down) else 1)
 
