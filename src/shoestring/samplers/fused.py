@@ -78,9 +78,11 @@ class Fused:
     def attention(self, programs: int, size: int, itemsize: int) -> tuple[int, int, int]:
         """Warps of a program of `attend`, tokens that it takes at once, and how many steps it loads ahead, by the size
         of heads: many where there are too few programs for all multiprocessors."""
-        warps, block, ahead = (
-            (4, 32, 2) if itemsize == 4 else (8, 128, 3) if 2 * programs <= self._programs else (4, 64, 3)
-        )
+        warps, block, ahead = 4, 64, 3
+        if itemsize == 4:
+            block, ahead = 32, 2
+        elif 2 * programs <= self._programs:
+            warps, block = 8, 128
         while block > 16 and self.stages(2 * block * size * itemsize, ahead) < 2:
             block //= 2
         return warps, block, self.stages(2 * block * size * itemsize, ahead)
@@ -218,16 +220,17 @@ class Fused:
         ranks = max(_power(len(down)), 16) if len(down) else 0
         tile = self.tile(rows, outs, inputs, ranks, x.element_size(), gated=gated)
         columns = -(-outs // tile.columns)
-        gain = norm if out.dtype != torch.float16 else None
         part = out.new_empty((tile.splits, rows, outs), dtype=torch.float32) if tile.splits > 1 else out
-        if stream is not None and gain is not None:
-            stream.gained, stream.squares = torch.empty_like(out), out.new_empty((columns, rows), dtype=torch.float32)
-        kept, sums = (stream.gained, stream.squares) if stream is not None and gain is not None else (out, out)
+        gained = sums = None
+        if stream is not None and norm is not None and out.dtype != torch.float16:
+            gained, sums = torch.empty_like(out), out.new_empty((columns, rows), dtype=torch.float32)
+            stream.gained, stream.squares = gained, sums
         kernels().product[(columns, -(-rows // tile.rows), tile.splits)](
             x, weight if squares is None else squares, weight, weight if bias is None else bias, down, product.up, out,
-            weight if gain is None else gain, kept, sums, part, self._counters(out.device), rows, outs, inputs,
+            weight if norm is None else norm, out if gained is None else gained, out if sums is None else sums, part,
+            self._counters(out.device), rows, outs, inputs,
             len(down), 0 if squares is None else len(squares), x.stride(0), eps, NORM=squares is not None,
-            BIAS=bias is not None, RANK=ranks, GATED=gated, ADD=stream is not None, GAIN=gain is not None,
+            BIAS=bias is not None, RANK=ranks, GATED=gated, ADD=stream is not None, GAIN=gained is not None,
             PARTS=1 if squares is None else _power(len(squares)), SPLITS=tile.splits, EVEN=inputs % tile.terms == 0,
             FETCH=self._start["EARLY"] and weight.numel() <= _FETCHED, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
             BLOCK_K=tile.terms, num_warps=4, num_stages=tile.stages, **self._start,
