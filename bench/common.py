@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import shoestring
-from shoestring.environment import device_name, versions
+from shoestring.records.environment import device_name, versions
 
 TINY = Path(shoestring.__file__).parent / "tiny" / "model"
 GIB = 2**30

@@ -17,8 +17,8 @@ import torch
 from common import clean, prompts, random_model, write
 
 from shoestring.adapters import ADAPTERS
-from shoestring.models import ModelSettings
-from shoestring.policy import load_policy
+from shoestring.model.load import ModelSettings
+from shoestring.model.policy import load_policy
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.types import Problem, Prompt
 

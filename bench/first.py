@@ -20,7 +20,7 @@ from typing import Any
 from common import our_run, random_model, write
 from w1 import our_config, sizes
 
-from shoestring import budgets
+from shoestring.run import preflight as budgets
 
 
 def one(started: float, tiny: bool) -> None:

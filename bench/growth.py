@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from common import SHAPES, our_run, random_model, row, write
 
-from shoestring.environment import device_name
-from shoestring.plan import predict
+from shoestring.memory.plan import predict
+from shoestring.records.environment import device_name
 
 PROMPTS, PROMPT = 4, 128
 BASE = {"shape": "qwen2-0.5b", "group": 16, "length": 256}

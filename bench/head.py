@@ -20,9 +20,10 @@ import torch
 from common import clean, write
 from torch import Tensor
 
-from shoestring import heads, kernels
-from shoestring.heads import head_bytes, selected_logprobs, tile_shape
-from shoestring.products import add_product
+from shoestring.model import logprobs as heads
+from shoestring.model.fast import kernels
+from shoestring.model.logprobs import head_bytes, selected_logprobs, tile_shape
+from shoestring.model.matmul import add_product
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

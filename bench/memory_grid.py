@@ -20,14 +20,16 @@ from typing import Any
 import torch
 from common import GIB, SHAPES, clean, our_run, random_model, write
 
-from shoestring import budgets, footprint, pieces
-from shoestring import config as configs
-from shoestring.checkpoint import State
-from shoestring.clock import Clock
-from shoestring.memory import capped, give_back
-from shoestring.optim import build_optimizer
-from shoestring.plan import Plan, predict
-from shoestring.policy import load_policy
+from shoestring.config import run as configs
+from shoestring.memory import footprint
+from shoestring.memory.budget import capped, give_back
+from shoestring.memory.plan import Plan, predict
+from shoestring.model.policy import load_policy
+from shoestring.records.clock import Clock
+from shoestring.run import preflight as budgets
+from shoestring.run.checkpoint import State
+from shoestring.training import micro_batching as pieces
+from shoestring.training.update import build_optimizer
 from shoestring.types import Problem, Prompt
 
 THIRD, ALL = "q,v of the last third", "all linear layers"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sweeps import METHODS, ROOT, best_rate, read, row, write
 
-from shoestring import config as configs
+from shoestring.config import run as configs
 
 # A result file for each stage, and the sweeps whose rows it holds.
 STAGES = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from common import GIB, our_run, random_model, row, write
 
-from shoestring.plan import predict
+from shoestring.memory.plan import predict
 
 RUNS = [("qwen2.5-7b", "nf4", "6.25GiB"), ("qwen2.5-7b", "bf16", "15.25GiB"), ("qwen2-1.5b", "bf16", "4GiB")]
 

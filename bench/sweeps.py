@@ -18,8 +18,10 @@ def read(path: Path) -> Any:
 
 def row(figures: dict[str, Any]) -> dict[str, Any]:
     """A sweep's row, with what was sampled, the base's interval, and the evaluations during the run by step."""
-    from shoestring import config as configs  # here, since torch takes seconds and most questions need no run's config
-    from shoestring.evaluation import wilson
+    from shoestring.config import (
+        run as configs,  # here, since torch takes seconds and most questions need no run's config
+    )
+    from shoestring.evaluation.evaluate import wilson
 
     folder = ROOT / figures["run"]
     config = configs.load(folder / "config.toml")
@@ -43,7 +45,7 @@ def row(figures: dict[str, Any]) -> dict[str, Any]:
 
 def gain(folder: Path, split: str) -> tuple[float, tuple[float, float]]:
     """Paired over the problems, with a bootstrap over them."""
-    from shoestring.evaluation import paired
+    from shoestring.evaluation.evaluate import paired
 
     after = read(folder / f"evaluation-{split}-all.json")["outcomes"]
     bases = [read(path)["outcomes"] for path in folder.parent.glob("base-*.json")]

@@ -19,13 +19,13 @@ from common import clean, random_model, write
 
 from shoestring.adapters import ADAPTERS
 from shoestring.algorithms import ALGORITHMS
-from shoestring.batch import training_rows
-from shoestring.config import settle
-from shoestring.models import ModelSettings
-from shoestring.optim import backward
-from shoestring.pieces import micro_batches
-from shoestring.policy import Policy, load_policy
+from shoestring.config.run import settle
+from shoestring.model.load import ModelSettings
+from shoestring.model.policy import Policy, load_policy
 from shoestring.samplers import SAMPLERS, Sampling
+from shoestring.training.batch import training_rows
+from shoestring.training.micro_batching import micro_batches
+from shoestring.training.update import backward
 from shoestring.types import Group, Problem, Prompt, Score
 
 PROMPTS, NUM, ADDED = 4, 4, 32

@@ -20,7 +20,7 @@ import torch
 
 import shoestring
 from shoestring import train
-from shoestring.environment import device_name, versions
+from shoestring.records.environment import device_name, versions
 
 
 def main(out: str, setting: str) -> None:

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from shoestring import evaluate, load, load_policy, train
-from shoestring.environment import device_name, versions
-from shoestring.evaluation import EvalSettings, Evaluation
-from shoestring.loop import where_it_lies
-from shoestring.policy import Policy
+from shoestring.evaluation.evaluate import EvalSettings, Evaluation
+from shoestring.model.policy import Policy
+from shoestring.records.environment import device_name, versions
+from shoestring.run.loop import where_it_lies
 from shoestring.samplers import SAMPLERS
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.toml"

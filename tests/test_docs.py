@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from shoestring import config as configs
 from shoestring.adapters import ADAPTERS
 from shoestring.algorithms import ALGORITHMS
-from shoestring.cli import app
+from shoestring.cli.main import app
+from shoestring.config import run as configs
 from shoestring.tasks import TASKS
 from shoestring.tasks.base import SPLITS
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import shoestring
 from shoestring.adapters import ADAPTERS
-from shoestring.policy import Policy
+from shoestring.model.policy import Policy
 from shoestring.types import Problem, Prompt
 
 TINY = Path(shoestring.__file__).parent / "tiny" / "model"

@@ -12,29 +12,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shoestring.config import RunConfig, load
+    from shoestring.config.run import RunConfig, load
     from shoestring.errors import ConfigError, DataError
-    from shoestring.evaluation import evaluate
-    from shoestring.finished import Run
-    from shoestring.loop import train
-    from shoestring.policy import Policy, load_policy
-    from shoestring.supervised import SftConfig, merge, sft
+    from shoestring.evaluation.evaluate import evaluate
+    from shoestring.model.policy import Policy, load_policy
+    from shoestring.run.handle import Run
+    from shoestring.run.loop import train
+    from shoestring.run.sft import SftConfig, merge, sft
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "RunConfig": "config",
-    "load": "config",
+    "RunConfig": "config.run",
+    "load": "config.run",
     "ConfigError": "errors",
     "DataError": "errors",
-    "evaluate": "evaluation",
-    "Policy": "policy",
-    "load_policy": "policy",
-    "SftConfig": "supervised",
-    "merge": "supervised",
-    "sft": "supervised",
-    "Run": "finished",
-    "train": "loop",
+    "evaluate": "evaluation.evaluate",
+    "Policy": "model.policy",
+    "load_policy": "model.policy",
+    "SftConfig": "run.sft",
+    "merge": "run.sft",
+    "sft": "run.sft",
+    "Run": "run.handle",
+    "train": "run.loop",
 }
 
 __all__ = [

@@ -14,8 +14,8 @@ from shoestring.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from shoestring.footprint import Trained
-    from shoestring.shapes import Shape
+    from shoestring.memory.footprint import Trained
+    from shoestring.model.shapes import Shape
 
 
 class Adapter(Protocol):

@@ -9,14 +9,14 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from shoestring.adapters.base import chosen_layers, decoder_layers, quiet_peft
+from shoestring.config.settings import Settings, as_tuple
 from shoestring.errors import ConfigError, nearest
-from shoestring.footprint import Trained
-from shoestring.settings import Settings, as_tuple
+from shoestring.memory.footprint import Trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from shoestring.shapes import Shape
+    from shoestring.model.shapes import Shape
 
 
 class LoRA(Settings):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
-from shoestring.footprint import Trained
-from shoestring.settings import Settings
+from shoestring.memory.footprint import Trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from shoestring.shapes import Shape
+    from shoestring.model.shapes import Shape
 
 
 class NoAdapter(Settings):

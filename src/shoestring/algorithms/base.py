@@ -22,7 +22,7 @@ class ObjectiveDefaults(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """How an algorithm wants earlier completions to be continued; see `shoestring.replay`."""
+    """How an algorithm wants earlier completions to be continued; see `shoestring.curricula.replay`."""
 
     source: Literal["success", "failure", "both"]
     fraction: float

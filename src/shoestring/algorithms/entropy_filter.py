@@ -16,8 +16,8 @@ from shoestring.algorithms.base import (
     relative_advantages,
     rewards,
 )
+from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
-from shoestring.settings import Settings
 from shoestring.types import Credit, Group
 
 

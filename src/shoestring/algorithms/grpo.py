@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from shoestring.algorithms.base import ObjectiveDefaults, cut_off, every_token, relative_advantages, rewards
+from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
-from shoestring.settings import Settings
 from shoestring.types import Credit, Group
 
 Aggregation = Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum", "token_sum_norm"]

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from shoestring.algorithms.base import ObjectiveDefaults, chosen_credit, relative_advantages, rewards
+from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
-from shoestring.settings import Settings
 from shoestring.types import Credit, Group
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from shoestring.algorithms.base import ObjectiveDefaults, Replay
-from shoestring.settings import Settings
+from shoestring.config.settings import Settings
 from shoestring.types import Credit, Group
 
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field, field_validator, model_validator
 
+from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
-from shoestring.settings import Settings
 from shoestring.types import Completion, Prompt
 
 if TYPE_CHECKING:
-    from shoestring.policy import Policy
+    from shoestring.model.policy import Policy
 
 
 class Sampling(Settings):

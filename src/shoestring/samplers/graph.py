@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
+from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
-from shoestring.memory import is_out_of_memory, shrinking
+from shoestring.memory.budget import is_out_of_memory, shrinking
+from shoestring.model.draw import noise
+from shoestring.model.fast.decoder import unsupported
+from shoestring.model.fast.operations import COLUMNS, DONE, LENGTH, LIMIT, PROMPT, PROMPT_LENGTH, SLOT, Keys, Table
 from shoestring.samplers.base import Sampling, Told
-from shoestring.samplers.decoder import unsupported
-from shoestring.samplers.draw import noise
 from shoestring.samplers.hf import PREFILL_SHARE, HfEngine, added_tokens, no_room, prompt_chunks
-from shoestring.samplers.operations import COLUMNS, DONE, LENGTH, LIMIT, PROMPT, PROMPT_LENGTH, SLOT, Keys, Table
-from shoestring.settings import Settings
 from shoestring.types import Completion, Paths, Prompt, Trunk
 
 if TYPE_CHECKING:
-    from shoestring.policy import Policy
+    from shoestring.model.policy import Policy
 
 log = logging.getLogger("shoestring")
 
@@ -374,7 +374,7 @@ class _Wave:
 
     def _prefill(self, fresh: Sequence[int]) -> None:
         """Runs new prompts into the cache, and keeps what their first tokens are drawn from."""
-        from shoestring.layers import Pass, blocks_of
+        from shoestring.model.fast.layers import Pass, blocks_of
 
         assert self._table.keys is not None
         decoder, split = self._decoder, self._trunk_layer or 0

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from shoestring.memory import OutOfMemory, is_out_of_memory, shrinking
+from shoestring.config.settings import Settings
+from shoestring.memory.budget import OutOfMemory, is_out_of_memory, shrinking
+from shoestring.model.draw import draw, entropy, noise
 from shoestring.samplers.base import Sampling, Told
-from shoestring.samplers.draw import draw, entropy, noise
-from shoestring.settings import Settings
 from shoestring.types import Completion, Prompt
 
 if TYPE_CHECKING:
-    from shoestring.policy import Policy
+    from shoestring.model.policy import Policy
 
 T = TypeVar("T")
 Place = tuple[int, int]

@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
+from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
-from shoestring.settings import Settings
 from shoestring.types import Problem, Score
 
 SPLITS = ("train", "validation", "test")

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from shoestring.config.settings import Settings, pick
 from shoestring.errors import ConfigError
-from shoestring.settings import Settings, pick
 from shoestring.tasks.base import Messages, Task, check_split
 from shoestring.types import Problem, Score
 

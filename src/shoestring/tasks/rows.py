@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import Field
 
 from shoestring import answers
+from shoestring.config.extras import need
 from shoestring.errors import ConfigError, DataError
-from shoestring.extras import need
 from shoestring.tasks.base import Asking, stable_hash
 from shoestring.types import Problem, Score
 

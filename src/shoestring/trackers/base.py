@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from shoestring.settings import Settings
+from shoestring.config.settings import Settings
 
 
 class Log(Protocol):

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from shoestring.extras import need
-from shoestring.settings import Settings
+from shoestring.config.extras import need
+from shoestring.config.settings import Settings
 from shoestring.trackers.base import Log
 
 

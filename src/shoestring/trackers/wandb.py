@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from shoestring.config.extras import need
+from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
-from shoestring.extras import need
-from shoestring.settings import Settings
 from shoestring.trackers.base import Log
 
 

@@ -1,0 +1,1 @@
+"""Judging a model on a task's problems."""

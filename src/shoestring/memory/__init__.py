@@ -1,0 +1,1 @@
+"""The memory plan: what a run needs, before it starts."""

@@ -1,0 +1,1 @@
+"""The model: its files, its shape, its policy, its log-probs."""

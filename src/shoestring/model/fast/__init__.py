@@ -1,0 +1,1 @@
+"""Our own layers and decode step over the model's weights."""

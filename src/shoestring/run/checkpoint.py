@@ -1,0 +1,243 @@
+"""Save and resume: trained weights, optimizer, place in the data. Safetensors and JSON only; whole or not there at
+all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from shoestring.errors import ConfigError
+from shoestring.run.folder import remove_folder, replace_folder
+from shoestring.training.update import set_learning_rate
+from shoestring.types import Problem, Prompt
+
+
+@dataclass
+class Pieces:
+    """How the training of a step is cut. Lowered for good by a phase that ran out of memory."""
+
+    micro_batch_tokens: int = 16_384
+    checkpointing: bool = False
+    may_checkpoint: bool = True
+    """Whether checkpointing may be turned on where a single row does not fit without it."""
+
+
+@dataclass
+class State:
+    """What a run remembers between steps, beside its weights. Random numbers need no place here: each is drawn from a
+    hash of the seed, the step and what it is for."""
+
+    step: int = 0
+    """Steps that are done."""
+    cursor: int = 0
+    """Fresh problems that were drawn."""
+    replays: list[Prompt] = field(default_factory=list)
+    """Prefixes that the next step tries again."""
+    best_accuracy: float = -1.0
+    """Of the evaluations so far, or the best mean reward; of none while `best_step` is -1."""
+    best_step: int = -1
+    skipped_in_a_row: int = 0
+    """Steps in a row that were not applied because a number was not finite."""
+    culprits: str = ""
+    """The problems behind the last of them."""
+    wave_tokens: int | None = None
+    """Cache slots of a wave, as proved to fit."""
+    pieces: Pieces = field(default_factory=Pieces)
+    """How training is cut, as proved to fit."""
+    planned: list[Any] = field(default_factory=list)
+    """What these sizes were lowered from."""
+
+
+def save(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: State) -> Path:
+    """Writes checkpoints/step-N, N the number of steps done, under a temporary name first; returns it."""
+    target = folder / "checkpoints" / f"step-{state.step}"
+    values = json.dumps(_as_values(state))
+    if target.exists():  # the weights of a step are what they are; an evaluation may have changed the state
+        draft = target / ".draft-state.json"
+        draft.write_text(values, encoding="utf-8")
+        os.replace(draft, target / "state.json")
+        return target
+
+    def write(draft: Path) -> None:
+        for name, tensors in (("weights", parameters), ("optimizer", moments(parameters, optimizer))):
+            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(plain, draft / f"{name}.safetensors")
+        (draft / "state.json").write_text(values, encoding="utf-8")
+
+    replace_folder(target, write)
+    return target
+
+
+@contextmanager
+def saved_at(
+    errors: type[BaseException],
+    state: State,
+    save: Callable[[], object],
+    tell: Callable[[str], object],
+    to_go_on: str,
+    unless: type[BaseException] | tuple[()] = (),
+) -> Iterator[None]:
+    """Where it fails so, but not `unless` so, the steps that are done are saved first, and it is told how to go on."""
+    try:
+        yield
+    except errors as error:
+        if state.step and not isinstance(error, unless):
+            try:
+                save()
+                tell(f"{state.step} steps are saved; to go on: {to_go_on}")
+            except Exception as failed:  # it must not hide the first one
+                tell(f"{state.step} steps are done and cannot be saved: {failed}")
+        raise
+
+
+def prune(folder: Path, limit: int) -> None:
+    """Deletes all checkpoints but the newest `limit`, and the best weights that none of these refers to."""
+    checkpoints = _by_step(folder / "checkpoints")
+    kept = checkpoints[-limit:]
+    best = {f"step-{json.loads((path / 'state.json').read_text(encoding='utf-8'))['best_step']}" for path in kept}
+    for path in (*checkpoints[:-limit], *(path for path in _by_step(folder / "best") if path.name not in best)):
+        remove_folder(path)
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """The folders step-N in it, N upwards."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint with the most steps."""
+    return next(reversed(_by_step(folder / "checkpoints")), None)
+
+
+def steps_done(folder: Path) -> int:
+    """The steps of that checkpoint; 0 without any."""
+    last = latest(folder)
+    return int(last.name[5:]) if last else 0
+
+
+def restore(
+    path: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    problems: Sequence[Problem] = (),
+) -> State:
+    """Loads weights and optimizer in place and returns the state, whose prefixes to replay belong to some of the
+    `problems`; raises `ConfigError` if a file cannot be read."""
+    with _read_from(path):
+        own, weights = (load_file(path / f"{name}.safetensors") for name in ("optimizer", "weights"))
+        values: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        records = {"replays": _prompts(values["replays"], problems, path), "pieces": Pieces(**values["pieces"])}
+        state = State(**{**values, **records})
+    _make_moments({name.rpartition(":")[0] for name in own}, parameters, optimizer)
+    _fill(parameters, weights, path)
+    _fill(moments(parameters, optimizer), own, path)
+    return state
+
+
+def weights_dtype(path: Path) -> torch.dtype:
+    """The type of a checkpoint's weights."""
+    with _read_from(path):
+        return next(iter(load_file(path / "weights.safetensors").values())).dtype
+
+
+def restore_weights(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Loads the weights alone, in place; raises `ConfigError` if they cannot be read."""
+    with _read_from(path):
+        weights = load_file(path / "weights.safetensors")
+    _fill(parameters, weights, path)
+
+
+@contextmanager
+def _read_from(path: Path) -> Iterator[None]:
+    """Says which checkpoint it is that cannot be read, and what to do about it."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        others = len(_by_step(path.parent)) > 1
+        raise ConfigError(
+            f"the checkpoint is {path}",
+            f"it cannot be read ({type(error).__name__}: {error})",
+            "remove that folder to go on from the checkpoint before it" if others else "it is the only one: start anew",
+        ) from None
+
+
+def _as_values(state: State) -> dict[str, Any]:
+    """For JSON. Of a problem what it is found again by: the rest may be of types that JSON has not."""
+    replays = [
+        {"id": p.problem.id, "answer": p.problem.answer, "token_ids": p.token_ids, "answer_start": p.answer_start}
+        for p in state.replays
+    ]
+    return {**dataclasses.asdict(dataclasses.replace(state, replays=[])), "replays": replays}
+
+
+def _prompts(values: Sequence[Mapping[str, Any]], problems: Sequence[Problem], path: Path) -> list[Prompt]:
+    known = {(problem.id, problem.answer): problem for problem in problems} if values else {}
+    prompts = []
+    for value in values:
+        problem = known.get((value["id"], value["answer"]))
+        if problem is None:
+            raise ConfigError(
+                f"the checkpoint is {path}",
+                f'it goes on with problem "{value["id"]}", which the task no longer has',
+                "give the task the data that the run was started with",
+            )
+        prompts.append(Prompt(problem, tuple(value["token_ids"]), value["answer_start"]))
+    return prompts
+
+
+def moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's own tensors by "parameter name:what"."""
+    return {
+        f"{name}:{part}": tensor
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        for part, tensor in _parts(key, value).items()
+    }
+
+
+def _parts(key: str, value: Tensor) -> dict[str, Tensor]:
+    """A tensor, or the plain tensors that a quantised one is made of, such as "exp_avg.codes"."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return {key: value.detach()}
+    names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
+    return {part: t for name in names for part, t in _parts(f"{key}.{name}", getattr(value, name)).items()}
+
+
+def _make_moments(
+    names: Iterable[str], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Has the optimizer make its state for the named parameters: each knows the type and the place of its own.
+
+    It does that in its first step. This one has no gradient and no rate.
+    """
+    for name in names:
+        if name in parameters:
+            parameters[name].grad = torch.zeros_like(parameters[name])
+    set_learning_rate(optimizer, 0.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _fill(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], path: Path) -> None:
+    """Copies values into the tensors of the same names."""
+    if tensors.keys() != values.keys():
+        raise ConfigError(
+            f"the checkpoint is {path}",
+            "what was trained has other weights than the config asks for",
+            "use the run's own config",
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(values[name])

@@ -1,0 +1,485 @@
+"""The loop: problems, prompts, completions, scores, credit, one update, one report. Read `_run` from top to bottom."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from shoestring.config.run import RunConfig
+from shoestring.curricula import replay
+from shoestring.errors import ConfigError, DataError, NonFiniteError, ShoestringError
+from shoestring.evaluation.contamination import overlap
+from shoestring.evaluation.evaluate import EvalSettings, check_judges, evaluate, evaluate_by_rewards, first_problems
+from shoestring.memory.budget import capped, give_back
+from shoestring.memory.plan import Plan
+from shoestring.model.load import check_quantisation, pick_device
+from shoestring.model.policy import Policy
+from shoestring.records import reporter as report
+from shoestring.records.clock import Clock
+from shoestring.records.environment import command, quoted
+from shoestring.records.reporter import Reporter
+from shoestring.rewards.functions import RewardFunction, Rewards, Scored, TrainerState, check_task
+from shoestring.rollout import workers as pool
+from shoestring.rollout.prompts import FreshPrompts
+from shoestring.rollout.rollout import Encoded, Rollout, encode, roll_out, rows
+from shoestring.rollout.rounds import Round, Sampled, joined, wanted
+from shoestring.rollout.workers import Scoring
+from shoestring.run import checkpoint, profiler
+from shoestring.run import folder as runs
+from shoestring.run import preflight as budgets
+from shoestring.run.checkpoint import State
+from shoestring.run.handle import Run
+from shoestring.run.locks import locked
+from shoestring.run.signals import held_back
+from shoestring.run.summary import Done, step_report, warnings
+from shoestring.samplers.base import Engine
+from shoestring.tasks.base import stable_hash
+from shoestring.training.credit import credit_of
+from shoestring.training.micro_batching import HalfAStep, train_in_pieces
+from shoestring.training.update import build_optimizer, check_optimizer, learning_rate, set_learning_rate
+from shoestring.types import Group, Problem, Prompt
+
+# A step whose gradient is not finite is skipped; so many in a row are no accident.
+_MOST_SKIPPED = 3
+
+
+def train(
+    config: RunConfig | Mapping[str, Any] | str | Path | None = None,
+    *,
+    rewards: Iterable[RewardFunction | str] | RewardFunction | str = (),
+    data: Iterable[Mapping[str, Any]] | None = None,
+    eval_data: Iterable[Mapping[str, Any]] | None = None,
+    resume: str | Path | None = None,
+    quiet: bool = False,
+    profile: bool = False,
+) -> Run:
+    """Trains as `config` says (a config, a nested mapping, a recipe's path, or None for the embedded default).
+
+    `rewards` are functions in TRL's form (or "task") that take the place of `[rewards] functions`. `data` are rows with
+    `prompt` (or `question`) and `answer`; they are written into the run's folder and take the place of the task;
+    `eval_data` are others, for the evaluations during the run (`eval_every`).
+    `resume` is the folder of a run to go on with. `profile` writes a trace of a step and the seconds by phase into
+    the run's folder (see `shoestring.run.profiler`). Raises `ConfigError` and `DataError` before the model loads
+    wherever that is possible. Ctrl-C and SIGTERM are held back until the step in hand is done and saved, and take
+    their course then: Ctrl-C raises `KeyboardInterrupt`.
+    """
+    run = carried_out(
+        config, rewards=rewards, data=data, eval_data=eval_data, resume=resume, quiet=quiet, profile=profile
+    )
+    if run.stopped_by:
+        print(f"{len(run.reports)} steps are saved; to go on: {_to_go_on(run.folder, run.config)}", file=sys.stderr)
+        signal.raise_signal(run.stopped_by)
+    return run
+
+
+def carried_out(
+    config: RunConfig | Mapping[str, Any] | str | Path | None = None,
+    *,
+    rewards: Iterable[RewardFunction | str] | RewardFunction | str = (),
+    data: Iterable[Mapping[str, Any]] | None = None,
+    eval_data: Iterable[Mapping[str, Any]] | None = None,
+    resume: str | Path | None = None,
+    quiet: bool = False,
+    profile: bool = False,
+) -> Run:
+    """As `train`, but a run that a signal has stopped is returned."""
+    pool.refuse_inside_a_worker()
+    rewards = (rewards,) if isinstance(rewards, str) or callable(rewards) else tuple(rewards)
+    for given in rewards:
+        if not isinstance(given, str) and not callable(given):
+            raise ConfigError(f"rewards holds {given!r}", "it cannot be called", 'give functions, or "task"')
+    folder, settled = runs.open_run(config, data=data, eval_data=eval_data, resume=resume, rewards=rewards)
+    with locked(folder):
+        try:
+            scorer = Rewards(rewards or settled.rewards.functions, settled.rewards.weights)
+            return _run(folder, settled, scorer, quiet=quiet, profile=profile)
+        except Exception:  # the same command should work once the mistake is mended, in a class of the user's own too
+            if resume is None:
+                runs.discard_unused(folder)
+            raise
+
+
+@dataclass(frozen=True)
+class Session:
+    """What stays the same from step to step."""
+
+    folder: Path
+    config: RunConfig
+    problems: Sequence[Problem]
+    fresh: FreshPrompts
+    scoring: Scoring
+    policy: Policy
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    reporter: Reporter
+    plan: Plan | None
+    """None for a model whose shape is not known."""
+    first_step: int
+    trunk_layer: int | None = None
+    """The layer in front of which sampling keeps the residual stream for training."""
+
+    def save(self, state: State) -> None:
+        checkpoint.save(self.folder, self.policy.trained(), self.optimizer, state)
+        if self.config.save_total_limit:
+            checkpoint.prune(self.folder, self.config.save_total_limit)
+
+    def seed(self, step: int, *purpose: object) -> int:
+        """63 bits for one purpose of one step."""
+        return stable_hash(self.config.seed, step, *purpose) >> 1
+
+
+def _run(folder: Path, config: RunConfig, rewards: Rewards, *, quiet: bool, profile: bool) -> Run:
+    done = checkpoint.steps_done(folder)
+    if config.steps < done:
+        raise ConfigError(
+            f"steps is {config.steps}, and {folder} has done {done}", "a run does not go back", "write more steps"
+        )
+    check_task(config.rewards.functions, config.task)
+    if profile:
+        profiler.check(config.steps, done)
+    problems = config.task.problems("train")
+    if config.eval_every:
+        if config.evaluated_by == "answers":
+            check_judges(config.task)
+        config.task.problems(config.evaluation.split)  # a split that is not there is found now, not at its first use
+    check_optimizer(config.optim, config.execution.device)
+    check_quantisation(config.model)
+    config.tracking.check()
+    device = pick_device(config.execution.device)
+    budget = budgets.checked_before_loading(config, problems, device)
+
+    with pool.opened(rewards, config.task, config.rewards) as scoring, capped(device, budget):
+        session, state, longest = _open(folder, config, problems, scoring, quiet=quiet)
+        with (
+            held_back("Stopping once this step is done and saved") as stopped,
+            session.reporter.tracking(config.tracking, config.model_dump(mode="json"), state.step),
+            session.reporter.running(state.step),
+        ):
+            if state.step < config.steps:
+                budgets.rehearse(session, state, longest)
+            with profiler.recorded(session.reporter, config.steps - state.step, device, on=profile) as next_step:
+                _train(session, state, stopped, next_step)
+    stopped_by = stopped[0] if stopped else 0
+    return Run(folder, config, report.read_metrics(folder), session.policy, stopped_by, state.best_step)
+
+
+def _open(
+    folder: Path, config: RunConfig, problems: Sequence[Problem], scoring: Scoring, *, quiet: bool
+) -> tuple[Session, State, Prompt]:
+    """Everything that stays from step to step, the state to go on from, and the longest prompt there is."""
+    torch.manual_seed(config.seed)  # the adapter's first weights; everything later draws from hashes of the seed
+    policy = budgets.loaded(config)
+    longest = budgets.longest_prompt(config, policy, problems)
+    plan = budgets.planned(config, policy, longest)
+    optimizer = build_optimizer(policy.trained().values(), config.optim)
+    last = checkpoint.latest(folder)
+    state = checkpoint.restore(last, policy.trained(), optimizer, problems) if last else State()
+    budgets.settle_pieces(state, config, plan)
+    goes_on = state.step < config.steps
+    report.cut_logs(folder, state.step, final=goes_on and bool(config.eval_every and state.step % config.eval_every))
+
+    reporter = Reporter(folder, config.steps, quiet=quiet)
+    engine = config.sampler.open(policy, state.wave_tokens)
+    give_back(policy.device)  # joining weights leaves holes
+    fresh = _fresh_prompts(config, policy, problems)
+    trunk_layer, why_none = budgets.trunk_layer(config, policy, engine, plan)
+    session = Session(
+        folder, config, problems, fresh, scoring, policy, engine, optimizer, reporter, plan, state.step, trunk_layer
+    )
+    reporter.say(describe(config, policy, folder, state))
+    if config.eval_every:
+        judging = first_problems(config.task, config.evaluation.split, config.evaluation.num)
+        budgets.check_lengths(config, policy, judging)
+        shared = overlap(judging, config.task)
+        if shared and shared.shared:
+            reporter.warn(f"Evaluations: {shared.describe()}.")
+    if plan is not None:
+        reporter.say(budgets.describe(plan))
+    if why_none:
+        reporter.say(f"trunk cache: off, since {why_none}")
+    return session, state, longest
+
+
+def _train(session: Session, state: State, stopped: Sequence[int], next_step: Callable[[], None]) -> None:
+    """Steps until the last, or until a signal has come; evaluations and checkpoints where they are due. `next_step`
+    tells the profiler."""
+    config = session.config
+    while state.step < config.steps and not stopped:
+        if config.eval_every and state.step % config.eval_every == 0:
+            _evaluate(session, state)
+        _step(session, state)
+        if state.step == session.first_step + 1:
+            runs.write_config(session.folder, config)  # with what a resumed run has changed
+        next_step()
+        if state.skipped_in_a_row == _MOST_SKIPPED:
+            session.save(state)
+            raise _never_finite(state, session.folder)
+        if config.save_every and state.step % config.save_every == 0:
+            session.save(state)
+    if config.eval_every and not stopped:
+        _evaluate(session, state)
+    with _saved_at(session, state, BaseException):
+        session.save(state)
+    _save_result(session, state)
+
+
+def _step(session: Session, state: State) -> None:
+    """One step, after which `state` has moved."""
+    clock = Clock(session.policy.device)
+    with _saved_at(session, state, BaseException):  # weights and state are those of the last step
+        sampled = _sample(session, state, clock)
+    with _saved_at(session, state, ShoestringError):  # here too, but for half a step
+        moved = _learn(session, state, sampled, clock)
+    with _saved_at(session, state, BaseException):  # now of this one
+        if moved:
+            session.engine.sync(session.policy)
+
+
+def _sample(session: Session, state: State, clock: Clock) -> Sampled:
+    """The first half of a step: sample, score, give credit. Changes nothing that a checkpoint holds."""
+    sampling = session.config.sampling
+    rounds: list[Round] = []
+    while num := wanted(rounds, sampling):  # one round, unless dynamic sampling is on
+        rounds.append(_round(session, state, clock, sum(len(done.groups) for done in rounds), num))
+    return joined(rounds, sampling.num_prompts)
+
+
+def _learn(session: Session, state: State, sampled: Sampled, clock: Clock) -> bool:
+    """The second half: update, report. `state` moves at its end, once all of it is done. Whether anything trained."""
+    config, step = session.config, state.step
+    groups, credits = [sampled.groups[i] for i in sampled.kept], [sampled.credits[i] for i in sampled.kept]
+    cursor = state.cursor + len(sampled.groups) - len(state.replays)
+    with clock.phase("train"), session.fresh.ahead(cursor, config.sampling.num_prompts):
+        set_learning_rate(session.optimizer, learning_rate(step, config.steps, config.optim))
+        seed = session.seed(step, "round")
+        result, batches = train_in_pieces(
+            session.policy, session.optimizer, groups, credits, config, state.pieces, seed
+        )
+        give_back(session.policy.device)
+        if batches:
+            state.skipped_in_a_row = 0 if result.finite else state.skipped_in_a_row + 1
+            state.culprits = ", ".join(result.culprits)
+    state.wave_tokens = session.engine.wave_tokens
+    state.cursor = cursor
+    state.replays = replay.choose(
+        config.algorithm.replay, groups, config.sampling.num_prompts, Random(session.seed(step, "replay"))
+    )
+    state.step += 1
+    session.reporter.samples(step, sampled)
+    done = Done(step, sampled, batches, result, clock)
+    session.reporter.step(step_report(done, config, state))
+    for warning in warnings(done, config):
+        session.reporter.warn(warning)
+    if session.plan is not None and step == session.first_step:
+        budgets.compare(session, clock)
+    return bool(batches)
+
+
+def _saved_at(session: Session, state: State, errors: type[BaseException]) -> AbstractContextManager[None]:
+    """Where it fails so, the steps that are done are saved first."""
+    save, to_go_on = partial(session.save, state), _to_go_on(session.folder, session.config)
+    return checkpoint.saved_at(errors, state, save, session.reporter.warn, to_go_on, unless=HalfAStep)
+
+
+def _to_go_on(folder: Path, config: RunConfig) -> str:
+    if any(runs.is_python(name) for name in config.rewards.functions):
+        return f"train(resume={str(folder)!r}, rewards=[...])"
+    return f"{command()} train --resume {quoted(folder)}"
+
+
+def _never_finite(state: State, folder: Path) -> NonFiniteError:
+    return NonFiniteError(
+        f"{_MOST_SKIPPED} steps in a row (the last was {state.step - 1}) had a loss or gradient that is not finite, "
+        f"and none was applied whole; problems: {state.culprits or 'no single one'}. A checkpoint is in {folder}."
+    )
+
+
+# --- the stages of a step -------------------------------------------------------------------------------------------
+
+
+def _round(session: Session, state: State, clock: Clock, start: int, num: int) -> Round:
+    """`num` more prompts of a step that has `start` already, sampled, scored and with their credit."""
+    step = state.step
+    with clock.phase("sample"):
+        rollouts, num_cut = _roll_out(session, state, start, num)
+        give_back(session.policy.device)  # nothing of sampling stays
+    with clock.phase("score"):
+        scored, groups = _score(session, rollouts, step)
+    with clock.phase("credit"):
+        generators = [
+            torch.Generator().manual_seed(session.seed(step, "credit", start + i)) for i in range(len(groups))
+        ]
+        algorithm = session.config.algorithm
+        credits = [credit_of(algorithm, group, own) for group, own in zip(groups, generators, strict=True)]
+    return Round(rollouts, groups, credits, scored, num_cut)
+
+
+def _roll_out(session: Session, state: State, start: int, num: int) -> tuple[list[Rollout], int]:
+    """Completions of fresh problems and, in a step's first round (`start` 0), of the prefixes that replay wants to see
+    continued; counts cut prompts. Scoring hears of each group as soon as it is there."""
+    sampling, step = session.config.drawing, state.step
+    replays = state.replays if start == 0 else []
+    place = max(start - len(state.replays), 0)  # of the first fresh prompt, among the step's fresh ones
+    fresh, num_cut = session.fresh.take(state.cursor + place, num - len(replays))
+
+    def begin_to_score(rollout: Rollout) -> None:
+        session.scoring.begin(rows([rollout]), _trainer_state(session, step))
+
+    def rolled(prompts: list[Prompt], num: int, purpose: str, first: int = 0) -> list[Rollout]:
+        return roll_out(
+            session.policy,
+            session.engine,
+            prompts,
+            num=num,
+            sampling=sampling,
+            seed=session.seed(step, purpose),
+            first=first,
+            done=begin_to_score if session.scoring.early else None,
+            trunk_layer=session.trunk_layer,
+        )
+
+    rollouts = rolled(fresh, sampling.num_completions, "sample", place)
+    if replays:
+        num = session.config.algorithm.replay.completions or sampling.num_completions
+        rollouts += rolled(replays, num, "sample replays")
+    return rollouts, num_cut
+
+
+def _fresh_prompts(config: RunConfig, policy: Policy, problems: Sequence[Problem]) -> FreshPrompts:
+    """The run's problems as prompts, in its order."""
+
+    def encoded(index: int) -> Encoded:
+        return encode(
+            policy,
+            config.task,
+            [problems[index]],
+            config.sampling.max_new_tokens,
+            max_prompt_tokens=config.sampling.max_prompt_tokens,
+            allow_truncated=config.allow_truncated_prompts,
+        )
+
+    return FreshPrompts(lambda start, num: order(len(problems), config.seed, start, num), encoded)
+
+
+def order(count: int, seed: int, start: int, num: int) -> list[int]:
+    """Places `start` to `start + num` of an endless order of `count` problems: each epoch a permutation of its own.
+
+    >>> sorted(order(4, seed=0, start=4, num=4))
+    [0, 1, 2, 3]
+    """
+    chosen: list[int] = []
+    while len(chosen) < num:
+        epoch, place = divmod(start + len(chosen), count)
+        generator = torch.Generator().manual_seed(stable_hash(seed, "epoch", epoch) >> 1)
+        permutation = torch.randperm(count, generator=generator)
+        chosen += permutation[place : place + num - len(chosen)].tolist()
+    return chosen
+
+
+def _score(session: Session, rollouts: Sequence[Rollout], step: int) -> tuple[Scored, list[Group]]:
+    scored = session.scoring.score(rows(rollouts), _trainer_state(session, step))
+    scores = iter(scored.scores)
+    groups = [Group(r.prompt, r.completions, tuple(next(scores) for _ in r.completions)) for r in rollouts]
+    return scored, groups
+
+
+def _trainer_state(session: Session, step: int) -> TrainerState:
+    return TrainerState(global_step=step, max_steps=session.config.steps)
+
+
+def _evaluate(session: Session, state: State) -> None:
+    """Greedy accuracy, or mean reward, on the run's own evaluation problems; keeps the best weights if the config says
+    so."""
+    config = session.config
+    settings = EvalSettings(
+        split=config.evaluation.split,
+        num=config.evaluation.num,
+        max_new_tokens=config.sampling.max_new_tokens,
+        allow_truncated_prompts=config.allow_truncated_prompts,
+    )
+
+    def scored(rollouts: Sequence[Rollout]) -> Scored:
+        try:
+            return session.scoring.score(rows(rollouts), _trainer_state(session, state.step))
+        except DataError as error:
+            given = f"in the evaluation after step {state.step} (one completion a problem) {error.given}"
+            raise DataError(given, error.why, error.write) from error
+
+    with _saved_at(session, state, BaseException):
+        if config.evaluated_by == "answers":
+            found = evaluate(session.policy, session.engine, config.task, settings)
+            figure = found.accuracy
+        else:
+            found = evaluate_by_rewards(session.policy, session.engine, config.task, settings, scored)
+            figure = found.reward
+            for problem in found.timed_out:
+                session.reporter.warn(
+                    f"After step {state.step}: the completion of problem {problem} took longer than rewards.timeout "
+                    f"({config.rewards.timeout:g} s) to score."
+                )
+    state.wave_tokens = session.engine.wave_tokens
+    again = state.best_step == state.step  # after an error
+    best = figure > state.best_accuracy or state.best_step < 0 or again
+    if best:
+        state.best_accuracy, state.best_step = figure, state.step
+        if config.evaluation.keep == "best":
+            folder = session.folder / "best" / f"step-{state.step}"
+            runs.replace_folder(folder, session.policy.save)
+    session.reporter.evaluation({"step": state.step, **found.as_json(), "best_so_far": best})
+
+
+def _save_result(session: Session, state: State) -> None:
+    """What the run ends with: the adapter in PEFT's format, or the whole model."""
+    best = session.folder / "best" / f"step-{state.best_step}"
+
+    def write(draft: Path) -> None:
+        if session.config.evaluation.keep == "best" and best.is_dir():
+            shutil.copytree(best, draft, dirs_exist_ok=True)
+        else:
+            session.policy.save(draft)
+
+    runs.replace_folder(session.folder / session.policy.result, write)
+
+
+# --- around the loop ------------------------------------------------------------------------------------------------
+
+
+def describe(config: RunConfig, policy: Policy, folder: Path, state: State) -> str:
+    """The opening lines of a run."""
+    total = sum(p.numel() for p in policy.base.parameters())
+    trained = sum(p.numel() for p in policy.trained().values())
+    start = f"resumed at step {state.step}" if state.step else "new run"
+    return (
+        f"{config.algorithm.name} on {config.task.name}: {config.model.name} "
+        f"({total:,} parameters, {str(policy.base.dtype).removeprefix('torch.')}, {policy.device}), "
+        f"{trained:,} trained ({trained / total:.2%}); {start} in {folder}"
+    )
+
+
+def where_it_lies(run: Run) -> str:
+    """The closing lines of a run: its files, and the commands for what comes next."""
+    best = run.config.evaluation.keep == "best" and run.best_step >= 0
+    kept = f" (best of the evaluations: step {run.best_step})" if best else ""
+    lines = [
+        f"{run.policy.result + ':':<9} {run.result}{kept}",
+        f"metrics:  {run.folder / 'metrics.jsonl'}",
+        f"samples:  {run.folder / 'samples.jsonl'}",
+    ]
+    if run.reports:
+        lines.append(f"report:   {command()} report {quoted(run.folder)}")
+    python = any(map(runs.is_python, run.config.rewards.functions))
+    if run.config.evaluated_by == "answers" or not python:
+        lines.append(f"evaluate: {command()} eval {quoted(run.folder)}{runs.split_hint(run.config)}")
+    if len(run.reports) < run.config.steps:
+        lines.append(f"go on:    {_to_go_on(run.folder, run.config)}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Groups -> credit -> rows -> micro-batches -> one update."""

@@ -1,0 +1,257 @@
+"""Training a step in pieces that fit: a phase that runs out of memory is undone, and done again in smaller ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from shoestring.config.run import RunConfig
+from shoestring.memory.budget import OutOfMemory, is_out_of_memory, shrinking, size_text
+from shoestring.model.policy import Policy
+from shoestring.model.trees import cost, cut_tree, pack_rows
+from shoestring.optimizers.adamw import takes_no_memory
+from shoestring.run.checkpoint import Pieces, moments
+from shoestring.samplers.base import Sampling
+from shoestring.training.batch import Row, cut_rows, pad_rows, training_rows
+from shoestring.training.update import UpdateReport, backward, set_learning_rate, update
+from shoestring.types import Batch, Credit, Group, Prompt, Trunk
+
+T = TypeVar("T")
+
+# Trained weights and optimizer state above this are not copied before a step: an error inside the optimizer's own step
+# is then final.
+_COPIED = 2**30
+
+
+class HalfAStep(OutOfMemory):
+    """Weights that an optimizer's step has changed in part, with no copy to go back to: not to be saved."""
+
+
+@dataclass
+class Snapshot:
+    """Trained weights and optimizer state as they were, on the host; empty where they are too large to copy, or where
+    memory cannot run out once they change."""
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    begun: list[bool] = field(default_factory=list)
+    _weights: dict[str, Tensor] = field(default_factory=dict)
+    _moments: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    @contextmanager
+    def taken(cls, policy: Policy, optimizer: torch.optim.Optimizer, updates: int) -> Iterator[Snapshot]:
+        """For so many optimizer steps, each behind a backward pass."""
+        parameters = policy.trained()
+        own = cls(parameters, optimizer)
+        if updates > 1 or not takes_no_memory(optimizer):
+            state = moments(parameters, optimizer)
+            if sum(t.nbytes for t in (*parameters.values(), *state.values())) <= _COPIED:
+                own._weights, own._moments = _on_host(parameters), _on_host(state)
+        handle = optimizer.register_step_pre_hook(lambda *_: own.begun.append(True))
+        try:
+            yield own
+        finally:
+            handle.remove()
+
+    def restore(self) -> None:
+        """Puts everything back; raises `OutOfMemory` if an optimizer step has begun and there is no copy."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if not self.begun:
+            return
+        if not self._weights:
+            raise HalfAStep(
+                "memory ran out in the optimizer's step",
+                "no copy is kept to go back to, for it is thought to take no memory, or weights and state are above "
+                f"{size_text(_COPIED)}",
+                'go on from the last checkpoint with more memory, or start a run with optim.name = "adamw-cpu"',
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self._weights[name])
+            now = moments(self.parameters, self.optimizer)
+            if not self._moments:
+                self.optimizer.state.clear()
+            for name, value in self._moments.items():
+                now[name].copy_(value)
+        self.begun.clear()
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies; those from a GPU are on their way, in the order of its stream."""
+    pinned = any(tensor.is_cuda for tensor in tensors.values())
+    made = {name: torch.empty_like(tensor, device="cpu", pin_memory=pinned) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        made[name].copy_(tensor.detach(), non_blocking=True)
+    return made
+
+
+def train_in_pieces(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[Group],
+    credits: Sequence[Credit],
+    config: RunConfig,
+    pieces: Pieces,
+    seed: int,
+) -> tuple[UpdateReport, list[Batch]]:
+    """One update from these completions, in micro-batches of `pieces.micro_batch_tokens`, which is lowered if they do
+    not fit. Every size gives the same gradient up to rounding."""
+    rows = training_rows(groups, credits, normalise=config.algorithm.normalise, beta=config.objective.beta)
+    cut = cache(partial(micro_batches, rows, trees=policy.takes_trees))
+    batches = cut(pieces.micro_batch_tokens)
+    if not batches:  # without signal there is nothing to learn from, and the step is a fact to report
+        return UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False), batches
+    longest = max(len(row.token_ids) for row in rows)
+    most = sum(size(batch) for batch in batches)
+    with Snapshot.taken(policy, optimizer, config.objective.updates) as before:
+
+        def attempt(max_tokens: int) -> tuple[UpdateReport, list[Batch]]:
+            torch.manual_seed(seed)  # rounding by chance draws from torch's own generators
+            used = batches if len(batches) == 1 and most <= max_tokens else cut(max_tokens)
+            return update(
+                policy,
+                optimizer,
+                used,
+                config.objective,
+                temperature=config.sampling.temperature,
+                max_grad_norm=config.optim.max_grad_norm,
+                checkpointing=pieces.checkpointing,
+            ), used
+
+        return _fitted(attempt, pieces, longest, most, before.restore)
+
+
+def rehearse(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    prompt: Prompt,
+    config: RunConfig,
+    pieces: Pieces,
+    trunk_layer: int | None = None,
+) -> None:
+    """The largest micro-batch that a step can have, forward, backward and through an optimizer step of rate 0 with no
+    gradient: it takes all the memory that training takes, and changes no weight, no moment and no random state. The
+    optimizer's state stays, since sampling has to fit beside it."""
+
+    fresh = not optimizer.state
+
+    def attempt(max_tokens: int) -> None:
+        batch = worst_batch(prompt, config, max_tokens, policy, trunk_layer)
+        if len(batch.problem_ids) < config.sampling.num_prompts * config.sampling.num_completions:
+            for parameter in policy.trained().values():  # as from the micro-batches before
+                parameter.grad = torch.zeros_like(parameter)
+        backward(policy, [batch], 0, [None], config.objective, config.sampling.temperature, pieces.checkpointing)
+        for parameter in policy.trained().values():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        if fresh:
+            set_learning_rate(optimizer, 0.0)
+            optimizer.step()
+            for made in optimizer.state.values():  # all of it is 0 but this
+                made["step"].zero_()
+        optimizer.zero_grad(set_to_none=True)
+
+    def undo() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        if fresh:
+            optimizer.state.clear()
+
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        longest = len(prompt.token_ids) + config.sampling.max_new_tokens - 1
+        _fitted(attempt, pieces, longest, config.sampling.num_prompts * config.sampling.num_completions * longest, undo)
+
+
+def worst_batch(
+    prompt: Prompt, config: RunConfig, max_tokens: int, policy: Policy, trunk_layer: int | None = None
+) -> Batch:
+    """Full-length rows behind the longest prompt, every token selected, as many as `max_tokens` allow; no two begin
+    alike behind it. With `trunk_layer`, the residual stream of all of the step's rows is there."""
+    sampling = config.sampling
+    count = sampling.max_new_tokens
+    trunks = _empty_trunks(policy, prompt, sampling) if trunk_layer is not None else []
+    each = torch.full((count,), 1.0 / count)
+
+    def row(place: int) -> Row:
+        ids = (torch.arange(count) + place) % policy.vocab_size
+        return Row(
+            problem_id="rehearsal",
+            token_ids=prompt.token_ids + tuple(ids[: count - 1].tolist()),
+            col=torch.arange(count) + len(prompt.token_ids) - 1,
+            target=ids,
+            advantage=torch.ones(count),
+            weight=each,
+            kl_weight=each,
+            sampler_logprob=torch.zeros(count),
+            group=place // sampling.num_completions,
+            prompt_tokens=len(prompt.token_ids),
+            trunk=trunks[place] if trunks else None,
+        )
+
+    rows = [row(place) for place in range(sampling.num_prompts * sampling.num_completions)]
+    return micro_batches(rows, max_tokens, trees=policy.takes_trees)[0]
+
+
+def _empty_trunks(policy: Policy, prompt: Prompt, sampling: Sampling) -> list[Trunk]:
+    """A step's, with nothing in them."""
+    num = sampling.num_completions
+    weight: Any = policy.base.get_input_embeddings().weight
+    own = weight.new_zeros(sampling.most_prompts * num, sampling.max_new_tokens, weight.shape[1])
+    prompts = [weight.new_zeros(len(prompt.token_ids), weight.shape[1]) for _ in range(sampling.most_prompts)]
+    return [Trunk(prompts[place // num], own[place]) for place in range(len(own))]
+
+
+def micro_batches(rows: Sequence[Row], max_tokens: int, *, trees: bool) -> list[Batch]:
+    """Cut so that each takes no more memory than `max_tokens` padded tokens. With `trees`, what rows of a group share
+    is run once."""
+    if trees:
+        return [pack_rows(cut) for cut in cut_tree(rows, max_tokens)]
+    ordered = sorted(rows, key=lambda row: -len(row.token_ids))
+    return [pad_rows(cut) for cut in cut_rows(ordered, max_tokens)]
+
+
+def size(batch: Batch) -> int:
+    """What a micro-batch takes, in padded tokens."""
+    nodes = batch.input_ids.numel()
+    return nodes if batch.paths is None else cost(nodes, batch.paths.nodes.numel())
+
+
+def _fitted(attempt: Callable[[int], T], pieces: Pieces, longest: int, most: int, undo: Callable[[], None]) -> T:
+    """Runs `attempt` with micro-batches that fit, and remembers their size; down to a single row, and then with
+    checkpointing. `most` are the tokens of all rows: larger micro-batches are no larger."""
+    found = _halved(attempt, pieces, longest, most, undo)
+    if found is None and pieces.may_checkpoint and not pieces.checkpointing:
+        pieces.checkpointing = True
+        found = _halved(attempt, pieces, longest, most, undo)
+    if found is None:
+        raise OutOfMemory(
+            f"memory ran out while training on one row of {longest} tokens",
+            "there is no smaller piece of a step",
+            "lower sampling.max_new_tokens or adapter.layers, set execution.checkpointing = true or "
+            'model.dtype = "nf4", or give more memory',
+        )
+    return found[0]
+
+
+def _halved(
+    attempt: Callable[[int], T], pieces: Pieces, longest: int, most: int, undo: Callable[[], None]
+) -> tuple[T] | None:
+    asked = pieces.micro_batch_tokens
+    while asked // 2 >= max(most, longest):  # halves that would cut nothing
+        asked //= 2
+    try:
+        found, fitted = shrinking(attempt, asked, longest, undo=undo)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    if fitted < asked:
+        pieces.micro_batch_tokens = fitted
+    return (found,)

@@ -1,0 +1,220 @@
+"""The optimizer, its schedule, and one update: micro-batches in, one applied step out, or none if a number is not
+finite."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shoestring.config.extras import need
+from shoestring.errors import ConfigError
+from shoestring.model.load import pick_device
+from shoestring.model.policy import Policy, to_device
+from shoestring.objectives.loss import Objective, l2_loss, objective_loss
+from shoestring.optimizers.adamw import OPTIMIZERS
+from shoestring.training.batch import single_rows
+from shoestring.types import Batch
+
+if TYPE_CHECKING:
+    from shoestring.config.run import OptimSettings
+
+# Gradients of activations in fp16 underflow below 6e-8; the loss is scaled up by this, and the gradient down again.
+_FP16_SCALE = 2.0**10
+
+
+def check_optimizer(settings: OptimSettings, device_name: str = "auto") -> None:
+    """Raises `ConfigError` if what the optimizer needs is not installed; to be called before the model loads."""
+    if settings.name != "adamw-8bit":
+        return
+    given = 'optim.name is "adamw-8bit"'
+    need("torchao", "full", given)
+    if pick_device(device_name).type == "cuda":  # where torchao compiles it
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError(
+                given, "on a GPU that needs the package triton", 'run: pip install triton, or use "adamw"'
+            )
+        if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+            raise ConfigError(given, "on a GPU that needs a C compiler", 'install gcc, or use "adamw"')
+
+
+def state_bytes(settings: OptimSettings) -> float:
+    """Bytes of optimizer state that lie on the device for each trained weight. (In 8 bits that holds for weights of a
+    multiple of 256 values, 4096 or more; "adamw-cpu" takes 12 on the host.)"""
+    return {"adamw": 8.0, "adamw-8bit": 2 + 2 * 4 / 256, "adamw-cpu": 0.0}[settings.name]
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
+    return OPTIMIZERS[settings.name](
+        list(parameters), lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+
+
+def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
+    """The rate of a step, counted from 0: a pure function of it, so that a resumed run needs no memory of a
+    schedule."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(steps - settings.warmup_steps, 1)
+    match settings.schedule:
+        case "constant":
+            return settings.lr
+        case "linear":
+            return settings.lr * (1 - done)
+        case "cosine":
+            return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # torchao's
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+class UpdateReport(NamedTuple):
+    """What an update did. `finite` is false where a loss or gradient was not, and that optimizer step and those behind
+    it were not applied; `culprits` are the problems whose rows were at fault, if single ones were."""
+
+    loss: float
+    grad_norm: float
+    kl: float
+    clip_fraction: float
+    sampler_gap: float
+    applied: bool
+    culprits: tuple[str, ...] = ()
+    importance_mean: float = 1.0
+    importance_capped: float = 0.0
+    finite: bool = True
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    objective: Objective,
+    *,
+    temperature: float,
+    max_grad_norm: float,
+    checkpointing: bool,
+) -> UpdateReport:
+    """`objective.updates` optimizer steps over the same micro-batches.
+
+    The ratio is taken to the policy at the first of them, whose log-probs are its own detached, so no extra pass is
+    needed. A step whose gradient is not finite is never applied, and neither are those after it.
+    """
+    parameters = list(policy.trained().values())
+    old: list[Tensor | None] = [None] * len(batches)
+    tokens = max(sum(len(batch.row) for batch in batches), 1)
+    report = UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False)
+    for number in range(objective.updates):
+        with policy.unchanged():
+            every = range(len(batches))
+            sums = [backward(policy, batches, i, old, objective, temperature, checkpointing) for i in every]
+        loss, kl, clipped, gap, importance, capped = torch.stack(sums).double().sum(0).tolist()
+        unscale(parameters, _scale(policy))
+        if objective.l2:
+            penalty = l2_loss(parameters, objective.l2)
+            take_gradient(penalty)
+            loss += penalty.item()
+        norm = float(clip_gradient(parameters, max_grad_norm))
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            optimizer.zero_grad(set_to_none=True)
+            culprits = _culprits(policy, batches, objective, temperature, checkpointing)
+            return report._replace(loss=loss, grad_norm=norm, applied=number > 0, culprits=culprits, finite=False)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        report = UpdateReport(
+            loss,
+            norm,
+            kl,
+            clipped / tokens,
+            report.sampler_gap,
+            applied=True,
+            importance_mean=importance / tokens,
+            importance_capped=capped / tokens,
+        )
+        if number == 0:
+            report = report._replace(sampler_gap=gap / tokens)
+    return report
+
+
+def backward(
+    policy: Policy,
+    batches: Sequence[Batch],
+    index: int,
+    old: list[Tensor | None],
+    objective: Objective,
+    temperature: float,
+    checkpointing: bool,
+) -> Tensor:
+    """One micro-batch forward and backward; fills `old[index]` the first time. Six sums, [6], without waiting for the
+    device: loss, KL, clipped tokens, sampler gap, importance weights, capped ones."""
+    batch = to_device(batches[index], policy.device)
+    reference = None
+    if objective.beta:
+        with policy.reference():
+            reference = policy.logprobs(batch, temperature)
+    with policy.checkpointing(checkpointing):
+        logprob = policy.logprobs(batch, temperature)
+        before = old[index]
+        if before is None:
+            before = old[index] = logprob.detach()
+        found = objective_loss(logprob, before, reference, batch, objective)
+        take_gradient(found.loss * _scale(policy))
+    gap = (logprob.detach() - batch.sampler_logprob).abs().sum()
+    sums = (found.loss.detach(), found.kl, found.clipped, gap, found.importance, found.capped)
+    return torch.stack([part.to(policy.device, torch.float32) for part in sums])
+
+
+def take_gradient(loss: Tensor) -> None:
+    """Adds the loss's gradient to the parameters', on this thread: one of autograd's own would have a cuBLAS workspace
+    of its own, 32 MiB on an H100."""
+    with torch.autograd.set_multithreading_enabled(False):
+        loss.backward()
+
+
+def _scale(policy: Policy) -> float:
+    return _FP16_SCALE if policy.base.dtype == torch.float16 else 1.0
+
+
+def unscale(parameters: Iterable[nn.Parameter], scale: float) -> None:
+    """Undoes the scale that the loss was multiplied with."""
+    for parameter in parameters:
+        if scale != 1.0 and parameter.grad is not None:
+            parameter.grad.div_(scale)
+
+
+def clip_gradient(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales the gradient to at most `max_norm`; returns its norm before, taken in fp32. A norm that is not finite
+    scales nothing."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    short = any(grad.dtype != torch.float32 for grad in grads)
+    norm = nn.utils.get_total_norm(
+        [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads] if short else grads
+    )
+    if bool(torch.isfinite(norm)):
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _culprits(
+    policy: Policy, batches: Sequence[Batch], objective: Objective, temperature: float, checkpointing: bool
+) -> tuple[str, ...]:
+    """The problems whose row alone has a loss or gradient that is not finite: run again row by row, to be named."""
+    found = []
+    parameters = list(policy.trained().values())
+    for batch in single_rows(batches):
+        loss = float(backward(policy, [batch], 0, [None], objective, temperature, checkpointing)[0])
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if not (math.isfinite(loss) and all(bool(torch.isfinite(grad).all()) for grad in grads)):
+            found.append(batch.problem_ids[0])
+        for parameter in parameters:
+            parameter.grad = None
+    return tuple(dict.fromkeys(found))
