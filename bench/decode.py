@@ -18,7 +18,7 @@ from common import clean, prompts, random_model, write
 
 from shoestring.adapters import ADAPTERS
 from shoestring.model.load import ModelSettings
-from shoestring.model.policy import load_policy
+from shoestring.run.loading import load_policy
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.types import Problem, Prompt
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from shoestring.model import logprobs as heads
 from shoestring.model.fast import kernels
-from shoestring.model.logprobs import head_bytes, selected_logprobs, tile_shape
+from shoestring.model.logit_tiles import head_bytes, tile_shape
+from shoestring.model.logprobs import selected_logprobs
 from shoestring.model.matmul import add_product
 
 GPU = torch.cuda.is_available()

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from common import GIB, SHAPES, clean, our_run, random_model, write
 
+from shoestring.allocator import capped, give_back
 from shoestring.config import run as configs
-from shoestring.memory import footprint
-from shoestring.memory.budget import capped, give_back
+from shoestring.memory import sampling as sampling_bytes
 from shoestring.memory.plan import Plan, predict
-from shoestring.model.policy import load_policy
 from shoestring.records.clock import Clock
 from shoestring.run import preflight as budgets
 from shoestring.run.checkpoint import State
+from shoestring.run.loading import load_policy
 from shoestring.training import micro_batching as pieces
 from shoestring.training.update import build_optimizer
 from shoestring.types import Problem, Prompt
@@ -153,7 +153,7 @@ def compared(plan: Plan, peaks: dict[str, int], reserved: int) -> dict[str, Any]
 def said_again(found: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The same file with the predictions of today's formulas, made on any machine; `folder` takes config files."""
     packs = tuple(map(int, found["versions"]["transformers"].split(".")[:2])) >= (5, 23)
-    footprint._packs_heads = lambda: packs
+    sampling_bytes._packs_heads = lambda: packs
     numbers = ("model", "adapter", "checkpointing", "group", "completion", "dtype", "micro_rows")
     for line in found["rows"]:
         model = folder / line["model"]

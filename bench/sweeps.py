@@ -21,7 +21,7 @@ def row(figures: dict[str, Any]) -> dict[str, Any]:
     from shoestring.config import (
         run as configs,  # here, since torch takes seconds and most questions need no run's config
     )
-    from shoestring.evaluation.evaluate import wilson
+    from shoestring.evaluation.intervals import wilson
 
     folder = ROOT / figures["run"]
     config = configs.load(folder / "config.toml")
@@ -45,7 +45,7 @@ def row(figures: dict[str, Any]) -> dict[str, Any]:
 
 def gain(folder: Path, split: str) -> tuple[float, tuple[float, float]]:
     """Paired over the problems, with a bootstrap over them."""
-    from shoestring.evaluation.evaluate import paired
+    from shoestring.evaluation.intervals import paired
 
     after = read(folder / f"evaluation-{split}-all.json")["outcomes"]
     bases = [read(path)["outcomes"] for path in folder.parent.glob("base-*.json")]

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shoestring.evaluation.evaluate import t_interval
+from shoestring.evaluation.intervals import t_interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"

@@ -21,7 +21,8 @@ from shoestring.adapters import ADAPTERS
 from shoestring.algorithms import ALGORITHMS
 from shoestring.config.run import settle
 from shoestring.model.load import ModelSettings
-from shoestring.model.policy import Policy, load_policy
+from shoestring.model.policy import Policy
+from shoestring.run.loading import load_policy
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.training.batch import training_rows
 from shoestring.training.micro_batching import micro_batches

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from shoestring.adapters.base import quiet_peft
 from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
 from shoestring.model.policy import Policy
-from shoestring.samplers.base import Sampling
+from shoestring.model.sampling import Sampling
+from shoestring.model.structure import quiet_peft
 from shoestring.samplers.hf import HfEngine
 from shoestring.types import Completion, Prompt
 

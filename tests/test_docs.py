@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from shoestring.adapters import ADAPTERS
 from shoestring.algorithms import ALGORITHMS
-from shoestring.cli.main import app
+from shoestring.cli.app import app
 from shoestring.config import run as configs
 from shoestring.tasks import TASKS
 from shoestring.tasks.base import SPLITS

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from shoestring.config.run import RunConfig, load
     from shoestring.errors import ConfigError, DataError
     from shoestring.evaluation.evaluate import evaluate
-    from shoestring.model.policy import Policy, load_policy
+    from shoestring.model.policy import Policy
     from shoestring.run.handle import Run
+    from shoestring.run.loading import load_policy
     from shoestring.run.loop import train
     from shoestring.run.sft import SftConfig, merge, sft
 
@@ -29,7 +30,7 @@ _HOME = {
     "DataError": "errors",
     "evaluate": "evaluation.evaluate",
     "Policy": "model.policy",
-    "load_policy": "model.policy",
+    "load_policy": "run.loading",
     "SftConfig": "run.sft",
     "merge": "run.sft",
     "sft": "run.sft",

@@ -224,3 +224,24 @@ class StepReport:
     reward_std: float = 0.0
     length_mean: float = 0.0
     length_max: int = 0
+
+
+class Row(NamedTuple):
+    """One completion that trains: its ids up to the last input that is needed, and its selected places, [n] each."""
+
+    problem_id: str
+    token_ids: tuple[int, ...]
+    col: Tensor
+    target: Tensor
+    advantage: Tensor
+    weight: Tensor
+    kl_weight: Tensor
+    sampler_logprob: Tensor
+    group: int = 0
+    """Rows of one group begin with the same prompt."""
+    prompt_tokens: int = 0
+    trunk: Trunk | None = None
+
+
+def has_signal(credit: Credit) -> bool:
+    return bool((credit.advantage != 0).any())

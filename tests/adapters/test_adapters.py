@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from shoestring.adapters import ADAPTERS
-from shoestring.adapters.base import chosen_layers, decoder_layers, quiet_peft
 from shoestring.errors import ConfigError
+from shoestring.model.structure import chosen_layers, decoder_layers, quiet_peft
 from tiny import FAMILIES, VOCAB, random_model
 
 IDS = torch.tensor([[260, 17, 18, 9, 30, 44, 5]])

@@ -19,6 +19,7 @@ from conftest import ROOT
 from shoestring.adapters import ADAPTERS
 from shoestring.algorithms import ALGORITHMS
 from shoestring.cli import main as cli
+from shoestring.config import files as config_files
 from shoestring.config import run as configs
 from shoestring.run.sft import SftConfig
 from shoestring.samplers import SAMPLERS
@@ -299,7 +300,7 @@ def test_a_dry_run_prints_the_config_that_reads_back_equal_and_does_nothing(shel
     assert files() == {}
     Path("back.toml").write_text(text)
     if command == "sft":
-        assert SftConfig.model_validate(configs.read("back.toml")).seed == 7
+        assert SftConfig.model_validate(config_files.read("back.toml")).seed == 7
     else:
         assert configs.load("back.toml") == configs.load(path, ["seed=7", "optim.lr=2e-5"])
     assert shell.fine(command, "back.toml", "--dry-run") == text

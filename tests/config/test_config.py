@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from shoestring.config import run as configs
+from shoestring.config import files as config_files
 from shoestring.config.run import RunConfig, load, settle
 from shoestring.errors import ConfigError, ShoestringError, nearest
 from shoestring.run.sft import SftConfig
@@ -81,7 +81,7 @@ def test_a_recipe_that_is_not_there_or_not_toml() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_says_what_to_expect(path: Path) -> None:
     if path.stem.endswith("-sft"):
-        SftConfig.model_validate(configs.read(path))
+        SftConfig.model_validate(config_files.read(path))
     else:
         load(path)
     assert path.read_text().startswith("# ")
@@ -113,7 +113,7 @@ def test_the_recipes_that_must_be_there() -> None:
 @pytest.mark.parametrize("path", [None, *(p for p in RECIPES if not p.stem.endswith("-sft"))])
 def test_a_config_printed_back_is_the_same_config(path: Path | None) -> None:
     config = load(path, ['task.prompt=Say "{question}"\n now', "task.chat={enable_thinking = false}"])
-    Path("back.toml").write_text(configs.dump(config))
+    Path("back.toml").write_text(config_files.dump(config))
     assert load("back.toml") == config
 
 
@@ -158,7 +158,7 @@ def test_settings_are_frozen() -> None:
 
 
 def test_differences_are_named() -> None:
-    assert configs.differences(settle({}), settle({"seed": 3, "optim": {"lr": 1.0}})) == ["optim.lr", "seed"]
+    assert config_files.differences(settle({}), settle({"seed": 3, "optim": {"lr": 1.0}})) == ["optim.lr", "seed"]
 
 
 def test_nearest_offers_the_nearest_or_all() -> None:

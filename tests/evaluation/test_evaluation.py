@@ -12,11 +12,10 @@ import pytest
 
 from shoestring.errors import ConfigError
 from shoestring.evaluation.contamination import overlap
-from shoestring.evaluation.evaluate import (
-    EvalSettings,
+from shoestring.evaluation.evaluate import EvalSettings, evaluate
+from shoestring.evaluation.intervals import (
     _majorities,
     bootstrap,
-    evaluate,
     interval,
     majority,
     paired,
@@ -26,7 +25,7 @@ from shoestring.evaluation.evaluate import (
     wilson,
 )
 from shoestring.model.load import ModelSettings
-from shoestring.model.policy import load_policy
+from shoestring.run.loading import load_policy
 from shoestring.samplers import SAMPLERS
 from shoestring.tasks.file import File
 from shoestring.tasks.multiplication import Multiplication

@@ -14,9 +14,9 @@ from tests.run.test_loop import config, metrics, same_weights
 
 from shoestring import ConfigError, DataError, train
 from shoestring.config import run as configs
-from shoestring.model.policy import load_policy
 from shoestring.rollout.rollout import encode, roll_out
 from shoestring.run.folder import model_settings
+from shoestring.run.loading import load_policy
 from shoestring.run.loop import where_it_lies
 from shoestring.samplers import SAMPLERS, Sampling
 

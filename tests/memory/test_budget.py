@@ -14,24 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from shoestring import ConfigError, train
-from shoestring.config.run import dump, load, settle
+from shoestring import ConfigError, allocator, train
+from shoestring.allocator import OutOfMemory, capped, free_bytes, give_back, is_out_of_memory, shrinking, total_bytes
+from shoestring.config.files import dump
+from shoestring.config.run import load, settle
+from shoestring.config.sizes import parse_size, size_text
 from shoestring.errors import ShoestringError
-from shoestring.memory import budget as memory
-from shoestring.memory.budget import (
-    OutOfMemory,
-    budget_bytes,
-    capped,
-    check_room,
-    context_bytes,
-    free_bytes,
-    give_back,
-    is_out_of_memory,
-    parse_size,
-    shrinking,
-    size_text,
-    total_bytes,
-)
+from shoestring.memory.budget import budget_bytes, check_room, context_bytes
 from shoestring.run import preflight as budgets
 
 GIB = 2**30
@@ -326,7 +315,7 @@ class Card:
         }.items():
             monkeypatch.setattr(cuda, name, value)
         monkeypatch.setattr(cuda, "synchronize", lambda *_: None)
-        monkeypatch.setattr(memory, "_run_stream", lambda _: None)  # torch has none without CUDA
+        monkeypatch.setattr(allocator, "_run_stream", lambda _: None)  # torch has none without CUDA
         monkeypatch.setattr(
             torch.cuda.memory, "_set_allocator_settings", lambda text: self.calls.append(text), raising=False
         )

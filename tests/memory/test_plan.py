@@ -22,13 +22,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from conftest import ROOT
 from shoestring import ConfigError, train
 from shoestring.adapters import ADAPTERS
-from shoestring.adapters.base import decoder_layers
+from shoestring.adapters.base import Trained
 from shoestring.config.run import load, settle
 from shoestring.memory import footprint
-from shoestring.memory.footprint import Trained, Work
+from shoestring.memory import sampling as sampling_bytes
+from shoestring.memory import training as training_bytes
+from shoestring.memory.footprint import Work
 from shoestring.memory.plan import Plan, Sizes, _layer_time, check, predict
 from shoestring.model.policy import Policy
 from shoestring.model.shapes import Shape, shape_of
+from shoestring.model.structure import decoder_layers
 from shoestring.objectives.loss import Objective
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.samplers.cache import SlotCache
@@ -379,10 +382,10 @@ def test_the_training_peak_is_within_15_per_cent_of_the_measured(dtype: str, ada
     work = replace(work, prompt=41, added=216)
     assert work.row_tokens == 256
     work = replace(work, rows=4, group=4, prompts=1, trees=True)
-    batch = footprint.micro_batch(work, 4)
+    batch = training_bytes.micro_batch(work, 4)
     assert (batch.nodes, batch.alone) == (41 + 4 * 215, True)
     before = footprint.gradient(work) if work.trained.whole else 0
-    said = footprint.train_peak(work, batch, on) - footprint.static(work) - before
+    said = training_bytes.train_peak(work, batch, on) - footprint.static(work) - before
     assert said == pytest.approx(live_peak(policy, work, 4, on), rel=0.15)
 
 
@@ -413,9 +416,9 @@ def test_what_our_own_layers_keep(adapter: dict[str, Any], dtype: str, on: bool,
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), policy.checkpointing(on):
         hidden = policy._selected_hidden(batch)
-    tokens = footprint.micro_batch(work, 4).nodes
+    tokens = training_bytes.micro_batch(work, 4).nodes
     selected = work.itemsize * work.shape.hidden * len(hidden)  # the last norm's input
-    assert sum(x.untyped_storage().nbytes() for x in found.values()) - selected == footprint.kept(work, tokens, on)
+    assert sum(x.untyped_storage().nbytes() for x in found.values()) - selected == training_bytes.kept(work, tokens, on)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -431,7 +434,7 @@ def test_the_cache_takes_what_the_plan_says(lengths: tuple[int, ...], dtype: str
     rows = 3 * len(lengths)
     work = replace(work, prompt=max(lengths), added=6, prompts=len(lengths), rows=rows)
     buffers = sum(layer._keys.nbytes + layer._values.nbytes for layer in cache.slot_layers)
-    assert buffers == footprint.kv_cache(work, rows)
+    assert buffers == sampling_bytes.kv_cache(work, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -564,7 +567,7 @@ def test_on_a_large_card_training_may_take_a_share_of_it(qwen: dict[str, Any]) -
         return predict(config, prompt_tokens=128, total=card * GIB, room=room)
 
     beside, larger = planned(8), planned(200)
-    assert beside.peak == footprint.sample_peak(beside.work, beside.sizes.wave_rows)
+    assert beside.peak == sampling_bytes.sample_peak(beside.work, beside.sizes.wave_rows)
     assert _layer_time(beside.work, larger.sizes) < _layer_time(beside.work, beside.sizes)
     assert beside.peak < larger.peak <= 5 * GIB
     assert planned(80).sizes == planned(200, room=beside.peak).sizes == beside.sizes
@@ -634,7 +637,7 @@ def test_a_plan_is_made_from_a_mapping_a_recipe_a_config_and_nothing(qwen: dict[
 
 
 def test_the_prompts_of_the_default_are_measured() -> None:
-    from shoestring.model.policy import load_policy
+    from shoestring.run.loading import load_policy
 
     config = settle({})
     policy = load_policy(config.model, device="cpu")
@@ -798,7 +801,7 @@ def test_the_grid_measured_on_a_gpu_bears_the_plan_out(tmp_path: Path, monkeypat
     """Allocated within 5 %, what lies above the weights within 15 %; and the stored predictions are today's."""
 
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    monkeypatch.setattr(footprint, "_packs_heads", footprint._packs_heads)  # the bench sets it
+    monkeypatch.setattr(sampling_bytes, "_packs_heads", sampling_bytes._packs_heads)  # the bench sets it
     from memory_grid import said_again
 
     stored = json.loads((ROOT / "bench" / "results" / "memory-grid.json").read_text(encoding="utf-8"))

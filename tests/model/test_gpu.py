@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from shoestring import train
+from shoestring.allocator import OutOfMemory, capped, free_bytes, total_bytes
 from shoestring.config.run import settle
-from shoestring.memory.budget import OutOfMemory, capped, free_bytes, parse_size, total_bytes
+from shoestring.config.sizes import parse_size
 from shoestring.memory.plan import predict
 from shoestring.model.matmul import add_product
-from shoestring.model.policy import Policy, load_policy
+from shoestring.model.policy import Policy
+from shoestring.run.loading import load_policy
 from shoestring.training.batch import training_rows
 from shoestring.training.micro_batching import micro_batches
 from shoestring.training.update import backward

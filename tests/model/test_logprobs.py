@@ -10,16 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.model import logprobs as heads
-from shoestring.model.logprobs import (
-    POST_HEAD,
-    Head,
-    full_entropy,
-    gathered_logprobs,
-    head_bytes,
-    selected_logprobs,
-    tile_shape,
-)
+from shoestring.model import logit_tiles
+from shoestring.model.logit_tiles import head_bytes, tile_shape
+from shoestring.model.logit_transforms import POST_HEAD, Head
+from shoestring.model.logprobs import full_entropy, gathered_logprobs, selected_logprobs
 from tracker import LiveBytes
 
 CAP = POST_HEAD["gemma2"](SimpleNamespace(final_logit_softcapping=3.0))
@@ -27,9 +21,9 @@ PLAIN = POST_HEAD["qwen2"](SimpleNamespace())
 
 
 def tiles_of(monkeypatch: pytest.MonkeyPatch, rows: int, elements: int) -> None:
-    monkeypatch.setattr(heads, "_KEPT", 0)
-    monkeypatch.setattr(heads, "_ROWS", rows)
-    monkeypatch.setattr(heads, "_TILE", elements)
+    monkeypatch.setattr(logit_tiles, "KEPT", 0)
+    monkeypatch.setattr(logit_tiles, "_ROWS", rows)
+    monkeypatch.setattr(logit_tiles, "_TILE", elements)
 
 
 @dataclass
@@ -200,7 +194,7 @@ def test_autocast_rounds_products_only_and_reaches_fp32_gradients(monkeypatch: p
 def test_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = random_case(0, 11, 4)
     assert selected_logprobs(empty.hidden, empty.weight, None, empty.target, 1.0).shape == (0,)
-    monkeypatch.setattr(heads, "_KEPT", -1)
+    monkeypatch.setattr(logit_tiles, "KEPT", -1)
     case = random_case(0, 11, 4, bias=True)
     found, grads = tiled(case, 0.9, CAP, True)
     assert [x.shape for x in found] == [(0,), (0,)]

@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoestring import ConfigError, train
 from shoestring.adapters import ADAPTERS
-from shoestring.adapters.base import decoder_layers
 from shoestring.config.run import settle
 from shoestring.memory.footprint import NF4, NF4_TABLES, weights
 from shoestring.memory.plan import predict
 from shoestring.model.load import ModelSettings, load, quantise
-from shoestring.model.policy import Policy, load_policy
+from shoestring.model.policy import Policy
+from shoestring.model.structure import decoder_layers
 from shoestring.run import preflight as budgets
+from shoestring.run.loading import load_policy
 from shoestring.run.sft import merge
 from tiny import TINY, random_model
 

@@ -12,12 +12,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoestring import train
-from shoestring.adapters.base import decoder_layers
 from shoestring.algorithms import ALGORITHMS
 from shoestring.model.load import ModelSettings
-from shoestring.model.logprobs import POST_HEAD
-from shoestring.model.policy import Policy, load_policy
+from shoestring.model.logit_transforms import POST_HEAD
+from shoestring.model.policy import Policy
+from shoestring.model.structure import decoder_layers
 from shoestring.objectives.loss import Objective
+from shoestring.run.loading import load_policy
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.training.batch import collate
 from shoestring.training.update import build_optimizer, update

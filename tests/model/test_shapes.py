@@ -19,8 +19,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shoestring import ConfigError
-from shoestring.adapters.base import decoder_layers
 from shoestring.model.shapes import FAMILIES, Linear, Shape, read_shape, shape_of
+from shoestring.model.structure import decoder_layers
 from tiny import TINY
 
 SIZES: dict[str, Any] = {

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from shoestring.algorithms.base import Replay
 from shoestring.curricula import replay
 from shoestring.objectives.loss import Objective, k3, l2_loss, objective_loss, policy_loss
-from shoestring.training.batch import Row, collate, cut_rows, has_signal, pad_rows, single_rows
-from shoestring.types import Batch, Completion, Credit, Group, Problem, Prompt, Score
+from shoestring.training.batch import collate, cut_rows, pad_rows, single_rows
+from shoestring.types import Batch, Completion, Credit, Group, Problem, Prompt, Row, Score, has_signal
 
 END = 99
 

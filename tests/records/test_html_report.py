@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.run.test_loop import config
 
 from shoestring import ConfigError, train
+from shoestring.config import files as config_files
 from shoestring.config import run as configs
 from shoestring.records.html_report import pieces, write_page
 from shoestring.records.svg import HEIGHT, line_chart, ticks
@@ -95,7 +96,7 @@ def test_colours_are_the_credit(algorithm: str) -> None:
 def test_texts_cannot_break_the_page_and_an_unknown_tokenizer_leaves_them_plain() -> None:
     Path("run").mkdir()
     settled = configs.settle({"model": "nobody/has-this", "task": "file:<b>x.jsonl"})
-    Path("run/config.toml").write_text(configs.dump(settled))
+    Path("run/config.toml").write_text(config_files.dump(settled))
     train(config(steps=1, out="other"), quiet=True)
     line = json.loads(Path("other/metrics.jsonl").read_text())
     Path("run/metrics.jsonl").write_text(json.dumps({**line, "loss": None, "grad_norm": None}) + "\n")
@@ -152,7 +153,7 @@ def test_a_folder_without_a_run_or_without_a_step_is_told() -> None:
     Path("empty").mkdir()
     with pytest.raises(ConfigError, match=r"holds no config\.toml"):
         write_page("empty")
-    Path("empty/config.toml").write_text(configs.dump(configs.settle({})))
+    Path("empty/config.toml").write_text(config_files.dump(configs.settle({})))
     with pytest.raises(ConfigError, match="no step of it is done"):
         write_page("empty")
     assert not Path("empty/report.html").exists()

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from shoestring.errors import ConfigError, DataError
-from shoestring.rewards.functions import Rewards, Row, Scored, TrainerState, columns, load
+from shoestring.rewards.base import Row, Scored, TrainerState
+from shoestring.rewards.functions import Rewards, columns, load
 from shoestring.tasks.base import Asking
 from shoestring.tasks.file import File
 from shoestring.types import Problem, Score

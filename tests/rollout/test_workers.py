@@ -20,8 +20,9 @@ from tests.run.test_loop import config, metrics, same_weights
 
 import waste_rewards as functions
 from shoestring import ConfigError, DataError, train
-from shoestring.config.run import RewardSettings
-from shoestring.rewards.functions import Rewards, Row, TrainerState
+from shoestring.rewards.base import Row, TrainerState
+from shoestring.rewards.functions import Rewards
+from shoestring.rewards.settings import RewardSettings
 from shoestring.rollout.workers import opened
 from shoestring.run import preflight as budgets
 from shoestring.samplers.hf import HfEngine

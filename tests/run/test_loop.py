@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from shoestring import ConfigError, DataError, train
 from shoestring.errors import NonFiniteError
 from shoestring.model.policy import Policy
+from shoestring.model.sampling import Sampling
 from shoestring.run import checkpoint as checkpoints
 from shoestring.run import folder as runs
 from shoestring.run import loop
 from shoestring.run.checkpoint import prune
 from shoestring.run.locks import locked
 from shoestring.run.loop import order, where_it_lies
-from shoestring.samplers.base import Sampling
 from shoestring.samplers.hf import HfEngine
 from shoestring.types import Completion
 
@@ -136,7 +136,7 @@ def test_the_adapter_loads_with_plain_peft_and_the_base_is_untouched() -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from shoestring.adapters.base import quiet_peft
+    from shoestring.model.structure import quiet_peft
     from tiny import TINY
 
     run = train(config(), quiet=True)

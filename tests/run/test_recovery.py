@@ -19,16 +19,17 @@ from tests.model.test_policy import close, gradients
 from tests.run.test_loop import same_weights
 
 from shoestring import train
+from shoestring.allocator import OutOfMemory
 from shoestring.cli import main as cli
 from shoestring.config.run import settle
 from shoestring.errors import ConfigError
-from shoestring.memory.budget import OutOfMemory
 from shoestring.memory.plan import predict
 from shoestring.model.load import ModelSettings
-from shoestring.model.policy import Policy, load_policy
+from shoestring.model.policy import Policy
 from shoestring.objectives.loss import Objective
-from shoestring.run import checkpoint, loop
+from shoestring.run import checkpoint, loading, loop
 from shoestring.run import preflight as budgets
+from shoestring.run.loading import load_policy
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.samplers.hf import HfEngine
 from shoestring.training import micro_batching as pieces
@@ -197,7 +198,7 @@ def _watch_policy(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
         fault.at("backward")  # the gradients are in place already
 
     monkeypatch.setattr(torch.Tensor, "backward", passed_back)
-    real_load = budgets.load_policy
+    real_load = loading.load_policy
 
     def loaded(*args: Any, **options: Any) -> Policy:
         policy = real_load(*args, **options)

@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoestring import ConfigError, DataError, SftConfig, merge, sft
+from shoestring.config import files as config_files
 from shoestring.config import run as configs
 from shoestring.model.load import ModelSettings
-from shoestring.model.policy import Policy, load_policy
+from shoestring.model.policy import Policy
 from shoestring.run import sft as supervised
+from shoestring.run.loading import load_policy
 from shoestring.tasks.multiplication import Multiplication
 from tiny import TINY
 
@@ -70,7 +72,7 @@ def test_what_is_written_is_an_ordinary_model_folder(adapter: dict[str, Any]) ->
     assert not torch.equal(model(input_ids=ids).logits, before(input_ids=ids).logits)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(TINY).chat_template
     assert model.generation_config.eos_token_id == 257
-    assert configs.read("warm/config.toml")["num"] == 64
+    assert config_files.read("warm/config.toml")["num"] == 64
     assert len(metrics()) == 2
 
 
@@ -354,7 +356,7 @@ def test_what_cannot_go_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="changes save_dtype"):
         sft({"save_dtype": "bf16"}, resume="warm")
     Path("run").mkdir()
-    Path("run/config.toml").write_text(configs.dump(configs.settle({})))
+    Path("run/config.toml").write_text(config_files.dump(configs.settle({})))
     with pytest.raises(ConfigError, match="it is a run; write train --resume"):
         sft(resume="run")
     log = Path("warm/metrics.jsonl").read_text()

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from shoestring.allocator import OutOfMemory
 from shoestring.errors import ConfigError
-from shoestring.memory.budget import OutOfMemory
 from shoestring.model.fast.decoder import MODELS, unsupported
 from shoestring.model.load import ModelSettings
-from shoestring.model.policy import Policy, load_policy, to_device
+from shoestring.model.policy import Policy, to_device
+from shoestring.run.loading import load_policy
 from shoestring.samplers import SAMPLERS, Sampling
-from shoestring.samplers.graph import LADDER, GraphEngine, prompts_at_once
+from shoestring.samplers.capture import LADDER, prompts_at_once
+from shoestring.samplers.graph import GraphEngine
 from shoestring.samplers.hf import HfEngine
 from shoestring.training.batch import collate
 from shoestring.types import Batch, Completion, Credit, Group, Score
@@ -214,12 +216,12 @@ def test_other_models_fall_back_or_are_refused_by_name(family: str, caplog: pyte
 
 def test_what_else_it_does_not_know() -> None:
     policy = policy_of()
-    assert unsupported(policy) == ""
+    assert unsupported(policy.base) == ""
     policy.base.config.hidden_act = "gelu"
-    assert "gelu" in unsupported(policy)
+    assert "gelu" in unsupported(policy.base)
     policy = policy_of("llama")
     policy.base.base_model.rotary_emb.rope_type = "dynamic"
-    assert "dynamic" in unsupported(policy)
+    assert "dynamic" in unsupported(policy.base)
 
 
 def test_weights_are_shared_with_the_model_and_joined_again_after_a_move() -> None:

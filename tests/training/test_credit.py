@@ -17,9 +17,8 @@ from shoestring import ConfigError, train
 from shoestring.algorithms import ALGORITHMS
 from shoestring.algorithms.base import Replay
 from shoestring.curricula.replay import choose
-from shoestring.training.batch import has_signal
 from shoestring.training.credit import credit_of
-from shoestring.types import Credit, Group, Score
+from shoestring.types import Credit, Group, Score, has_signal
 
 TEXTS = ("abc", "abd", "ae", "abc")
 

@@ -19,9 +19,9 @@ from shoestring.model.fast.decoder import MODELS
 from shoestring.model.policy import Policy
 from shoestring.run import preflight as budgets
 from shoestring.samplers import SAMPLERS, Sampling
-from shoestring.training.batch import Row, training_rows
+from shoestring.training.batch import training_rows
 from shoestring.training.micro_batching import micro_batches
-from shoestring.types import Batch, Group, Score
+from shoestring.types import Batch, Group, Row, Score
 from tiny import prompt, random_policy
 
 UPPER = {"layers": 1}

@@ -13,7 +13,8 @@ from tests.run.test_loop import ALGORITHMS, config, metrics, same_weights
 from shoestring import ConfigError, DataError, train
 from shoestring.model.policy import Policy
 from shoestring.records import reporter as report
-from shoestring.rewards.functions import Scored, joined_scored
+from shoestring.rewards.base import Scored, joined_scored
+from shoestring.rollout import rollout
 from shoestring.rollout.prompts import FreshPrompts
 from shoestring.rollout.rollout import Encoded
 from shoestring.run import loop
@@ -190,7 +191,7 @@ def test_a_prompt_that_cannot_be_encoded_raises_in_the_step_that_wants_it() -> N
 
 def test_the_next_steps_prompts_are_encoded_while_a_step_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[str] = []
-    real = loop.encode
+    real = rollout.encode
 
     def watched(*args: Any, **options: Any) -> Encoded:
         threads.append(threading.current_thread().name)
@@ -204,7 +205,7 @@ def test_the_next_steps_prompts_are_encoded_while_a_step_trains(monkeypatch: pyt
 def test_a_large_sampling_budget_encodes_no_more_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what the next step takes for certain: a step may draw four million prompts here, and hardly draws eight."""
     encoded: list[int] = []
-    real = loop.encode
+    real = rollout.encode
 
     def counted(*args: Any, **options: Any) -> Encoded:
         encoded.append(1)

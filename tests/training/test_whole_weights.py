@@ -19,10 +19,13 @@ from shoestring import ConfigError, sft, train
 from shoestring.adapters import ADAPTERS
 from shoestring.config.run import OptimSettings, load, settle
 from shoestring.model.load import ModelSettings, locate
-from shoestring.model.policy import Policy, load_policy
+from shoestring.model.policy import Policy
+from shoestring.optimizers import base
 from shoestring.optimizers.adamw import OPTIMIZERS, HostAdamW, RoundedAdamW, rounded_by_chance
+from shoestring.optimizers.base import set_learning_rate
 from shoestring.run import checkpoint
-from shoestring.training.update import build_optimizer, check_optimizer, clip_gradient, set_learning_rate
+from shoestring.run.loading import load_policy
+from shoestring.training.update import build_optimizer, check_optimizer, clip_gradient
 from tiny import TINY, random_model
 
 WHOLE: dict[str, Any] = {
@@ -131,11 +134,11 @@ def test_the_best_model_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_closing_lines_and_the_evaluation_know_the_model_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    from shoestring.cli import main as cli
+    from shoestring.cli import app
     from shoestring.run.loop import where_it_lies
 
     assert where_it_lies(trained()).startswith("model:    run/model")
-    cli.app(["eval", "run", "--num", "3", "--json"], standalone_mode=False)
+    app.app(["eval", "run", "--num", "3", "--json"], standalone_mode=False)
     assert json.loads(capsys.readouterr().out)["problems"] == 3
 
 
@@ -318,7 +321,7 @@ def test_state_is_saved_in_plain_tensors_and_comes_back_bit_for_bit(name: str, d
     assert checkpoint.restore(path, second, other).step == 2
     for _ in range(3):
         assert same(first, second)
-        mine, theirs = (checkpoint.moments(*pair) for pair in ((first, optimizer), (second, other)))
+        mine, theirs = (base.moments(*pair) for pair in ((first, optimizer), (second, other)))
         assert same(mine, theirs)
         assert not [key for key in mine if key.startswith("unused")]
         step(first, optimizer, 3)

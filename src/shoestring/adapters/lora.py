@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
-from shoestring.adapters.base import chosen_layers, decoder_layers, quiet_peft
+from shoestring.adapters.base import Trained
 from shoestring.config.settings import Settings, as_tuple
 from shoestring.errors import ConfigError, nearest
-from shoestring.memory.footprint import Trained
+from shoestring.model.structure import chosen_layers, decoder_layers, quiet_peft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

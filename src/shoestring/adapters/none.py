@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from shoestring.adapters.base import Trained
 from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
-from shoestring.memory.footprint import Trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,11 +12,14 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from shoestring.adapters import ADAPTERS
 from shoestring.algorithms import ALGORITHMS
-from shoestring.config.settings import Settings, as_tuple, build, pick
+from shoestring.config.files import read
+from shoestring.config.sections import EvaluationSettings, ExecutionSettings
+from shoestring.config.settings import Settings, build, pick
+from shoestring.config.sizes import checked_size
 from shoestring.errors import ConfigError
-from shoestring.memory.budget import checked_size
 from shoestring.model.load import ModelSettings
 from shoestring.objectives.loss import Objective
+from shoestring.rewards.settings import RewardSettings
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.tasks import TASKS
 from shoestring.tasks.base import has_answers, parts
@@ -40,84 +40,6 @@ class OptimSettings(Settings):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What the rate does after that; the last two end at 0 with the run."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-
-
-class RewardSettings(Settings):
-    """Which functions score a completion: dotted paths in TRL's form, and "task" for the task's own score."""
-
-    functions: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ("task",)
-    weights: tuple[float, ...] | None = None
-    workers: int = Field(default=0, ge=0)
-    """Processes that score, each completion by itself, while others are sampled; 0 scores in the loop's own thread."""
-    timeout: float | None = Field(default=None, gt=0)
-    """Seconds that a completion may take to score in a worker; None waits."""
-    on_timeout: Literal["stop", "zero", "unscored"] = "stop"
-    """What a completion does that takes longer: stop the run, count 0, or count as its prompt's others do in the mean,
-    like one that every function passes over."""
-
-    @model_validator(mode="after")
-    def _a_timeout_can_act(self) -> RewardSettings:
-        if self.timeout is not None and self.workers == 0:
-            raise ConfigError(
-                f"rewards.timeout is {self.timeout:g} and rewards.workers 0",
-                "a function that runs in the loop's own thread cannot be stopped",
-                "set rewards.workers to 1 or more, or leave the timeout out",
-            )
-        if self.on_timeout != "stop" and self.timeout is None:
-            raise ConfigError(
-                f'rewards.on_timeout is "{self.on_timeout}" without rewards.timeout',
-                "nothing ever takes too long",
-                "set rewards.timeout, in seconds a completion",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _a_weight_each(self) -> RewardSettings:
-        if not self.functions:
-            raise ConfigError("rewards.functions is empty", "nothing would be scored", 'write ["task"] or your own')
-        named = (
-            "functions" in self.model_fields_set
-        )  # else they may come as Python functions, with `train(rewards=...)`
-        if named and self.weights is not None and len(self.weights) != len(self.functions):
-            raise ConfigError(
-                f"rewards.weights has {len(self.weights)} values and rewards.functions {len(self.functions)}",
-                "each function needs one weight",
-                "make them equally long, or leave the weights out",
-            )
-        return self
-
-
-class EvaluationSettings(Settings):
-    """The evaluations during a run (`eval_every`)."""
-
-    split: str = "validation"
-    num: int = Field(default=100, ge=1)
-    """Problems, the first ones of the split."""
-    by: Literal["auto", "answers", "rewards"] = "auto"
-    """What judges: whether answers are right, or the mean of the run's own rewards; "auto" takes the latter where the
-    task has no answers."""
-    keep: Literal["last", "best"] = "last"
-    """Which weights the run ends with: the last, or the best in these evaluations."""
-
-
-class ExecutionSettings(Settings):
-    """How a step is carried out. Nothing here changes its result beyond rounding."""
-
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    """"auto", "cpu", "cuda" or "cuda:N"."""
-    wave_tokens: int | None = Field(default=None, ge=1)
-    """Cache slots that sampling fills at once; None leaves it to the memory plan."""
-    micro_batch_tokens: int | None = Field(default=None, ge=1)
-    """Padded tokens that the training forward takes at once; None leaves it to the memory plan."""
-    plain: bool = False
-    """Train through transformers' own layers, each completion behind a copy of its prompt: slower, and the reference of
-    what is faster."""
-    trunk_cache: bool | Literal["auto"] = "auto"
-    """Keep, from sampling to training, what the layers below the lowest trained one gave for each token, so that they
-    are not run again. "auto" leaves it to the memory plan."""
-    checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute the layers that carry gradient in the backward pass: less memory, more time. "auto" leaves it to the
-    memory plan."""
 
 
 def named_model(value: Any) -> Any:
@@ -258,10 +180,6 @@ class RunConfig(Settings):
             )
 
 
-# The entry that a table without `name` holds settings of.
-DEFAULTS = {"task": "multiplication", "algorithm": "s-grpo", "adapter": "lora", "sampler": "auto", "tracking": "none"}
-
-
 _OF_A_WARM_START = {"epochs", "batch_size", "max_length", "save_dtype"}
 
 
@@ -275,112 +193,3 @@ def settle(values: Mapping[str, Any]) -> RunConfig:
 def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a TOML recipe (None: the embedded default) with overrides such as "optim.lr=1e-4" on top."""
     return settle(read(recipe, overrides))
-
-
-def read(recipe: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The nested mapping that a recipe and overrides spell out."""
-    values: dict[str, Any] = {}
-    if recipe is not None:
-        path = Path(recipe)
-        if not path.is_file():
-            raise ConfigError(f'the recipe is "{recipe}"', "there is no such file", "give the path of a TOML recipe")
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f'the recipe is "{recipe}"', f"it is not TOML ({error})", "mend that line") from None
-    for override in sorted(overrides, key=lambda text: not _names_one(text)):  # these first
-        values = overridden(values, override)
-    return values
-
-
-def _names_one(override: str) -> bool:
-    """Whether it says which algorithm, task or the like: algorithm.name=grpo, or algorithm=grpo."""
-    key = override.partition("=")[0]
-    return key.endswith(".name") or is_named(key)
-
-
-def is_named(key: str) -> bool:
-    """Whether a bare text under the key is a name."""
-    return key.strip() in (*DEFAULTS, "model")
-
-
-def overridden(values: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """A nested mapping with `a.b.c=value` set in it. The value is read as TOML; what is not TOML is a string.
-
-    A new `name` starts its table afresh, since the settings of one algorithm or task are not those of another.
-    `algorithm=grpo` is short for `algorithm.name=grpo`, and so with the others that have names.
-    """
-    key, equals, raw = text.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(
-            f'the override is "{text}"', "it has no key and value", "write key=value, such as optim.lr=1e-4"
-        )
-    *parents, last = key.strip().split(".")
-    value = parsed(raw.strip())
-    if is_named(key) and isinstance(value, str):
-        parents, last = [last], "name"
-    changed = copy.deepcopy(dict(values))
-    table: dict[str, Any] = changed
-    for part in parents:
-        inner = table.setdefault(part, {})
-        if isinstance(inner, str):  # model = "x", then model.dtype=...
-            inner = table[part] = {"name": inner}
-        if not isinstance(inner, dict):
-            raise ConfigError(f'the override is "{text}"', f"{part} is not a table", "write a key of a table")
-        table = inner
-    fresh = last == "name" and len(parents) == 1 and parents != ["optim"]  # the optimizers share their settings
-    if fresh and table.get("name", DEFAULTS.get(parents[0], value)) != value:
-        table.clear()
-    table[last] = value
-    return changed
-
-
-def parsed(raw: str) -> Any:
-    """The value that a text stands for in TOML; what is not TOML is the text itself."""
-    try:
-        return tomllib.loads(f"x = {raw}")["x"]
-    except tomllib.TOMLDecodeError:
-        return raw
-
-
-def dump(config: Settings) -> str:
-    """The config as TOML; `load` reads it back to the same config. Keys that are None are left out."""
-    return _table(config.model_dump(mode="json", exclude_none=True), "")
-
-
-def _table(values: dict[str, Any], path: str) -> str:
-    plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
-    tables = {key: value for key, value in values.items() if isinstance(value, dict) and value}
-    text = "".join(f"{_key(key)} = {literal(value)}\n" for key, value in plain.items())
-    for key, value in tables.items():
-        name = f"{path}{_key(key)}"
-        text += f"\n[{name}]\n{_table(value, name + '.')}"
-    return text
-
-
-def _key(key: str) -> str:
-    return key if key.replace("_", "a").replace("-", "a").isalnum() and key.isascii() else json.dumps(key)
-
-
-def literal(value: Any) -> str:
-    """A value as TOML writes it. JSON's strings and numbers are TOML's too."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return "[" + ", ".join(literal(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_key(key)} = {literal(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value)
-
-
-def differences(left: Settings, right: Settings) -> list[str]:
-    """Dotted names of the settings in which two configs differ."""
-    a, b = _flat(left.model_dump(mode="json")), _flat(right.model_dump(mode="json"))
-    return sorted(key for key in {*a, *b} if a.get(key) != b.get(key))
-
-
-def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value})
-    return flat

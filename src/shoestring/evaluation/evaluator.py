@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shoestring.config.run import RewardSettings, RunConfig, settle
+from shoestring.config.run import RunConfig, settle
 from shoestring.errors import ConfigError
 from shoestring.evaluation.evaluate import (
     EvalSettings,
@@ -17,10 +17,11 @@ from shoestring.evaluation.evaluate import (
     evaluate_by_rewards,
 )
 from shoestring.model.policy import Policy
-from shoestring.rewards.functions import RewardFunction, Rewards, TrainerState, check_task
+from shoestring.rewards.base import RewardFunction, TrainerState
+from shoestring.rewards.functions import Rewards, check_task
+from shoestring.rewards.settings import RewardSettings, refuse_python
 from shoestring.rollout import workers as pool
 from shoestring.rollout.rollout import rows
-from shoestring.run import folder as runs
 from shoestring.samplers.base import Engine
 from shoestring.tasks.base import Task
 
@@ -73,7 +74,7 @@ class Judge:
                 f"leave these out, or {_BY_ANSWERS}",
             )
         if not self.functions:
-            runs.refuse_python("it is judged by its rewards", self.rewards, call)
+            refuse_python("it is judged by its rewards", self.rewards, call)
         scorer = self._scorer(self.rewards)
         check_task([name for name in scorer.given if isinstance(name, str)], self.task)
 

@@ -10,17 +10,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from shoestring.adapters.base import Trained
 from shoestring.config import run as configs
+from shoestring.config.files import overridden
 from shoestring.config.run import RunConfig
+from shoestring.config.sizes import size_text
 from shoestring.errors import ConfigError
 from shoestring.memory import footprint
-from shoestring.memory.budget import budget_bytes, size_text
-from shoestring.memory.footprint import Trained, Work
+from shoestring.memory.budget import budget_bytes
+from shoestring.memory.footprint import Work
+from shoestring.memory.sampling import decode, kv_cache, prefill, sample_peak
+from shoestring.memory.training import activations, head, micro_batch, train_peak
+from shoestring.model.chat import plain_text
 from shoestring.model.fast.decoder import MODELS
 from shoestring.model.load import locate
 from shoestring.model.shapes import FAMILIES, Shape, read_shape
 from shoestring.model.trees import TREE_MODELS
-from shoestring.tasks.base import Task, plain_text
+from shoestring.tasks.base import Task
 from shoestring.training.update import state_bytes
 
 # Where a budget has room, training takes more than sampling does for micro-batches of so many tokens.
@@ -198,7 +204,7 @@ def _has_flash() -> bool:
     """Whether torch has FlashAttention on the card here; a card that is not here is taken for one that has it."""
     import torch
 
-    from shoestring.model.fast.triton_operations import has_flash
+    from shoestring.model.fast.triton_training import has_flash
 
     return not torch.cuda.is_available() or has_flash(torch.device("cuda"), torch.bfloat16)
 
@@ -254,14 +260,14 @@ def _planned(
 
 def _peak(work: Work, sizes: Sizes) -> int:
     return max(
-        footprint.sample_peak(work, sizes.wave_rows),
+        sample_peak(work, sizes.wave_rows),
         _train_peak(work, sizes),
     )
 
 
 def _train_peak(work: Work, sizes: Sizes) -> int:
-    batch = footprint.micro_batch(work, sizes.micro_rows)
-    return footprint.train_peak(work, batch, sizes.checkpointing, sizes.wave_rows)
+    batch = micro_batch(work, sizes.micro_rows)
+    return train_peak(work, batch, sizes.checkpointing, sizes.wave_rows)
 
 
 def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None, floor: int) -> Sizes:
@@ -279,7 +285,7 @@ def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None,
     def goes(rows: int) -> bool:
         """What sampling leaves behind has to leave room for training."""
         train = min(_train_peak(work, Sizes(rows, 1, choice)) for choice in least)
-        return most is None or max(footprint.sample_peak(work, rows), train) <= most
+        return most is None or max(sample_peak(work, rows), train) <= most
 
     wave_rows = _evenly(work.rows, _largest(goes, min(wave_limit, work.rows)))
     if execution.micro_batch_tokens:
@@ -287,7 +293,7 @@ def _choose(config: RunConfig, work: Work, budget: int | None, room: int | None,
         return _micro(config, work, wave_rows, limit, budget and most)
     limit = min(max(_most_tokens(work) // work.row_tokens, 1), work.rows)
     # What sampling takes for certain, prompts of one length or not, or the floor; less what a prediction may err by.
-    allowed = footprint.sample_peak(replace(work, padded=False), wave_rows)
+    allowed = sample_peak(replace(work, padded=False), wave_rows)
     if budget is None:
         allowed = max(allowed, floor if most is None else min(floor, most))
     beside = _micro(config, work, wave_rows, limit, allowed - _ERROR * work.gpu)
@@ -372,7 +378,7 @@ def _least_budget(config: RunConfig, work: Work) -> int:
 
 def _phases(work: Work, sizes: Sizes) -> tuple[Phase, ...]:
     """The parts. The two peaks are of what is held at the same time; the context is not in them."""
-    batch = footprint.micro_batch(work, sizes.micro_rows)
+    batch = micro_batch(work, sizes.micro_rows)
     return tuple(
         Phase(name, int(count))
         for name, count in (
@@ -380,13 +386,13 @@ def _phases(work: Work, sizes: Sizes) -> tuple[Phase, ...]:
             ("adapter, gradient and optimizer", footprint.held(work) + footprint.gradient(work)),
             ("workspace and pages", footprint.workspace(work) + footprint.pages(work)),
             ("trunk cache", footprint.trunk_cache(work)),
-            ("KV cache", footprint.kv_cache(work, sizes.wave_rows)),
-            ("prefill", footprint.prefill(work, sizes.wave_rows)),
-            ("decode", footprint.decode(work, sizes.wave_rows)),
+            ("KV cache", kv_cache(work, sizes.wave_rows)),
+            ("prefill", prefill(work, sizes.wave_rows)),
+            ("decode", decode(work, sizes.wave_rows)),
             ("log-prob and reference pass", footprint.forward_token(work) * batch.nodes),
-            ("training activations", footprint.activations(work, batch, sizes.checkpointing)),
-            ("head", footprint.head(work, batch.scored)),
-            ("peak while sampling", footprint.sample_peak(work, sizes.wave_rows)),
+            ("training activations", activations(work, batch, sizes.checkpointing)),
+            ("head", head(work, batch.scored)),
+            ("peak while sampling", sample_peak(work, sizes.wave_rows)),
             ("peak while training", _train_peak(work, sizes)),
             ("context", footprint.CONTEXT if work.gpu else 0),
         )
@@ -407,7 +413,7 @@ def _alternatives(config: RunConfig, work: Work, sizes: Sizes, budget: int | Non
             exclude_none=True, exclude={"rewards"}
         )  # Python functions have no name
         for override in overrides:
-            values = configs.overridden(values, override.replace(" = ", "=", 1))
+            values = overridden(values, override.replace(" = ", "=", 1))
         changed = configs.settle(values)
         prompt = min(work.prompt, changed.sampling.max_prompt_tokens or work.prompt)
         step = replace(work_of(changed, work.shape, prompt, gpu=work.gpu), padded=work.padded)
@@ -501,7 +507,7 @@ def _total(gpu: bool) -> int | None:
     """The memory of the card here, or of the machine; None where the run's card is not here."""
     import torch
 
-    from shoestring.memory.budget import total_bytes
+    from shoestring.allocator import total_bytes
 
     if gpu and not torch.cuda.is_available():
         return None

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from shoestring.samplers.base import Sampling
-from shoestring.tasks.base import stable_hash
+from shoestring.hashing import stable_hash
+from shoestring.model.sampling import Sampling
 
 # Logits that are drawn from at once: the fp32 and fp64 copies of all rows would be the largest thing in a decode step.
 DRAW_TILE = 2**21

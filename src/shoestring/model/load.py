@@ -10,10 +10,10 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from shoestring.allocator import give_back
 from shoestring.config.extras import need
 from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
-from shoestring.memory.budget import give_back
 
 if TYPE_CHECKING:
     import torch
@@ -230,7 +230,7 @@ def quantise(model: PreTrainedModel, device: torch.device) -> None:
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
     from torch import nn
 
-    from shoestring.adapters.base import decoder_layers
+    from shoestring.model.structure import decoder_layers
 
     _, layers = decoder_layers(model)
     for parent in layers.modules():

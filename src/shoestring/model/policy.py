@@ -10,53 +10,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shoestring.adapters.base import decoder_layers, quiet_peft
-from shoestring.config.settings import pick
 from shoestring.errors import ConfigError
-from shoestring.model import load as models
+from shoestring.model.chat import Reader
 from shoestring.model.fast.decoder import Decoder, unsupported
 from shoestring.model.fast.layers import Pass, blocks_of
-from shoestring.model.logprobs import POST_HEAD, gathered_logprobs, selected_logprobs
+from shoestring.model.logit_transforms import POST_HEAD
+from shoestring.model.logprobs import gathered_logprobs, selected_logprobs
+from shoestring.model.structure import decoder_layers, quiet_peft
 from shoestring.model.trees import TREE_MODELS, attention_over_paths
-from shoestring.tasks.base import plain_text
 from shoestring.types import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from shoestring.adapters.base import Adapter
-    from shoestring.tasks.base import Messages
+    from shoestring.model.chat import Messages
 
 log = logging.getLogger("shoestring")
-
-
-class Reader(NamedTuple):
-    """What reading prompts takes of a model: before its weights are there, or of a whole policy."""
-
-    tokenizer: PreTrainedTokenizerBase
-    name: str
-    context: int | None
-
-    def encode(self, messages: Messages, form: str = "chat", options: dict[str, Any] | None = None) -> tuple[int, ...]:
-        """Token ids of a prompt that ends where the answer starts."""
-        if form == "plain":
-            return tuple(self.tokenizer(plain_text(messages))["input_ids"])  # type: ignore[arg-type]
-        if not self.tokenizer.chat_template:
-            raise ConfigError(
-                f'the tokenizer of model "{self.name}" has no chat template',
-                "the task asks in chat messages",
-                'use an instruction-tuned model, or write task.format = "plain"',
-            )
-        ids = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **(options or {})
-        )
-        return tuple(ids)  # type: ignore[arg-type]
 
 
 class Policy:
@@ -174,13 +149,13 @@ class Policy:
     def own_layers(self) -> bool:
         """Whether training runs the layers by our own code: for the models that the decode step knows, where nothing
         but LoRA is trained. Set it to False for the reference, transformers' own."""
-        return self._attends_plainly and self.adapted is not None and not unsupported(self)
+        return self._attends_plainly and self.adapted is not None and not unsupported(self.base)
 
     @property
     def decoder(self) -> Decoder:
         """The decode step over the model's weights; made anew where these have been moved."""
         if self._decoder is None or not self._decoder.intact():
-            self._decoder = Decoder(self)
+            self._decoder = Decoder(self.base)
         return self._decoder
 
     @contextmanager
@@ -313,69 +288,6 @@ class Policy:
             (self.adapted or self.base).save_pretrained(folder)  # type: ignore[operator]
         if self.adapted is None:
             self.tokenizer.save_pretrained(folder)
-
-
-def load_policy(
-    settings: models.ModelSettings | str | Path,
-    *,
-    adapter: Adapter | None = None,
-    keep_reference: bool = False,
-    device: str = "auto",
-) -> Policy:
-    """The policy that `settings` (or a name, or a folder) name: with a new `adapter`, or with the run's (or
-    checkpoint's) own one, or without any.
-
-    Without `adapter` nothing is trained: a run's own comes frozen (it is there to be evaluated). To train on top of a
-    run, merge it first. `keep_reference` keeps a copy of the weights, if it is they that are trained.
-    """
-    if not isinstance(settings, models.ModelSettings):
-        from shoestring.run.folder import model_settings
-
-        settings = model_settings(str(settings))
-    source = models.locate(settings.name)
-    if adapter is not None and (source.adapter or source.checkpoint):
-        raise ConfigError(
-            f'model is "{settings.name}"',
-            "it is what a run has trained, and a new one needs a whole model to start from",
-            f"make it one: shoestring merge {settings.name} OUT",
-        )
-    base, tokenizer, source = models.load(settings, models.pick_device(device))
-    base.requires_grad_(False)
-    adapted: nn.Module | None = None
-    first: PreTrainedModel | None = None
-    if source.checkpoint is not None:
-        adapted = _as_of(source.checkpoint, base)
-    elif source.adapter is not None:
-        from peft import PeftModel
-
-        with quiet_peft():
-            adapted = PeftModel.from_pretrained(base, str(source.adapter))
-        adapted.requires_grad_(False)
-    elif adapter is not None:
-        model = adapter.attach(base)
-        if model is base:
-            first = copy.deepcopy(base).requires_grad_(False) if keep_reference else None
-        else:
-            adapted = model
-            whence = Path(settings.name if source.gguf_file else source.path).expanduser()
-            if whence.exists():  # so that the adapter finds it from any folder
-                base_name = str(whence.absolute())
-                adapted.peft_config["default"].base_model_name_or_path = base_name  # type: ignore[index,union-attr]
-    (adapted or base).eval()
-    return Policy(base, tokenizer, adapted, settings.name, first)
-
-
-def _as_of(path: Path, base: PreTrainedModel) -> nn.Module | None:
-    """The base with what a checkpoint's run trained of it, or in it, as it was then, frozen; None where the base itself
-    is what was trained."""
-    from shoestring.adapters import ADAPTERS
-    from shoestring.config.run import read
-    from shoestring.run.checkpoint import restore_weights
-
-    model = pick(ADAPTERS, "adapter", read(models.run_of(path) / "config.toml")["adapter"]).attach(base)
-    restore_weights(path, {name: p for name, p in model.named_parameters() if p.requires_grad})
-    model.requires_grad_(False)
-    return None if model is base else model
 
 
 def _eos_ids(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoestring.training.batch import Row
-from shoestring.types import Batch, Paths, Unpadded
+from shoestring.types import Batch, Paths, Row, Unpadded
 
 # Families whose attention transformers lets us take the place of, with keys and queries as they are.
 TREE_MODELS = ("qwen2", "qwen3", "llama", "mistral", "smollm3", "olmo2", "gemma", "phi3", "granite", "cohere")

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from shoestring.config import run as configs
+from shoestring.config.files import dump, saved
 from shoestring.config.run import RunConfig
 from shoestring.errors import ConfigError
 from shoestring.model import load as models
 from shoestring.records import reporter as report
 from shoestring.records.svg import Points, line_chart
-from shoestring.run import folder as runs
 from shoestring.types import StepReport
 
 _MOST_SHOWN = 4  # completions of a group
@@ -54,7 +54,7 @@ def write_page(run: str | Path, out: str | Path | None = None) -> Path:
     folder = Path(run)
     if not (folder / "config.toml").is_file():
         raise ConfigError(f"the run is {folder}", "it holds no config.toml", "give the folder of a run")
-    config = configs.settle(runs.saved(folder))
+    config = configs.settle(saved(folder))
     steps = report.read_metrics(folder)
     if not steps:
         raise ConfigError(f"the run is {folder}", "no step of it is done", "train first")
@@ -79,7 +79,7 @@ def page(folder: Path, config: RunConfig, steps: Sequence[StepReport]) -> str:
         f'<div class="figures">{"".join(_figures(steps, evaluations))}</div>'
         f'<div class="charts">{"".join(_charts(steps, evaluations))}</div>'
         f"<h2>Completions</h2>{_completions(folder, config, len(steps))}"
-        f"<h2>Settings</h2><pre>{html.escape(configs.dump(config))}</pre></html>\n"
+        f"<h2>Settings</h2><pre>{html.escape(dump(config))}</pre></html>\n"
     )
 
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from shoestring.errors import DataError
-from shoestring.model.policy import Policy, Reader
-from shoestring.rewards.functions import Row
-from shoestring.samplers.base import Engine, Sampling
+from shoestring.model.chat import Reader
+from shoestring.model.policy import Policy
+from shoestring.model.sampling import Sampling
+from shoestring.rewards.base import Row
+from shoestring.samplers.base import Engine
 from shoestring.tasks.base import Task
 from shoestring.types import Completion, Problem, Prompt
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from shoestring.rewards.functions import Scored, joined_scored
+from shoestring.model.sampling import Sampling
+from shoestring.rewards.base import Scored, joined_scored
 from shoestring.rollout.rollout import Rollout
-from shoestring.samplers.base import Sampling
-from shoestring.training.batch import has_signal
-from shoestring.types import Credit, Group
+from shoestring.types import Credit, Group, has_signal
 
 
 class Round(NamedTuple):

@@ -25,11 +25,12 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shoestring.errors import ConfigError, DataError, ShoestringError
-from shoestring.rewards.functions import Judged, Rewards, Row, Scored, TrainerState, joined_judged
+from shoestring.rewards.base import Judged, Row, Scored, TrainerState, joined_judged
+from shoestring.rewards.functions import Rewards
 from shoestring.tasks.base import Task
 
 if TYPE_CHECKING:  # it comes with torch, for which a worker need not wait
-    from shoestring.config.run import RewardSettings
+    from shoestring.rewards.settings import RewardSettings
 
 # Seconds that a new process has to import what it needs. They do not count as a row's.
 _START = 120.0

@@ -18,19 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shoestring.errors import ConfigError
+from shoestring.optimizers.base import moments, set_learning_rate
 from shoestring.run.folder import remove_folder, replace_folder
-from shoestring.training.update import set_learning_rate
+from shoestring.training.micro_batching import Pieces
 from shoestring.types import Problem, Prompt
-
-
-@dataclass
-class Pieces:
-    """How the training of a step is cut. Lowered for good by a phase that ran out of memory."""
-
-    micro_batch_tokens: int = 16_384
-    checkpointing: bool = False
-    may_checkpoint: bool = True
-    """Whether checkpointing may be turned on where a single row does not fit without it."""
 
 
 @dataclass
@@ -195,24 +186,6 @@ def _prompts(values: Sequence[Mapping[str, Any]], problems: Sequence[Problem], p
             )
         prompts.append(Prompt(problem, tuple(value["token_ids"]), value["answer_start"]))
     return prompts
-
-
-def moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's own tensors by "parameter name:what"."""
-    return {
-        f"{name}:{part}": tensor
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-        for part, tensor in _parts(key, value).items()
-    }
-
-
-def _parts(key: str, value: Tensor) -> dict[str, Tensor]:
-    """A tensor, or the plain tensors that a quantised one is made of, such as "exp_avg.codes"."""
-    if not hasattr(value, "__tensor_flatten__"):
-        return {key: value.detach()}
-    names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
-    return {part: t for name in names for part, t in _parts(f"{key}.{name}", getattr(value, name)).items()}
 
 
 def _make_moments(

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from shoestring.config import run as configs
-from shoestring.config.run import RewardSettings, RunConfig
+from shoestring.config.files import differences, dump, read, saved
+from shoestring.config.run import RunConfig
 from shoestring.config.settings import Settings, build
 from shoestring.errors import ConfigError, DataError
 from shoestring.model import load as models
 from shoestring.model.load import ModelSettings
+from shoestring.rewards.settings import _PYTHON, refuse_python
 from shoestring.tasks.file import File
 
 # What a resumed run may change: how long it is and how it is carried out, not what it computes.
 _CARRIED_OUT = ("rewards.workers", "rewards.timeout", "rewards.on_timeout")
 _MAY_CHANGE = ("steps", "save_every", "save_total_limit", "memory", "execution.", "tracking.", *_CARRIED_OUT)
-
-_PYTHON = "python:"  # stands before the name of a reward that was handed over as a function
 
 
 def open_run(
@@ -86,11 +86,6 @@ def _reward_name(function: Callable[..., Any] | str) -> str:
     )
 
 
-def is_python(name: str) -> bool:
-    """Whether a reward was handed over as a function."""
-    return name.startswith(_PYTHON)
-
-
 def _check_rewards_are_back(folder: Path, config: RunConfig, rewards: Sequence[Any]) -> None:
     if rewards and _with_rewards(config, rewards) != config:
         raise ConfigError(
@@ -100,17 +95,6 @@ def _check_rewards_are_back(folder: Path, config: RunConfig, rewards: Sequence[A
         )
     if not rewards:
         refuse_python(f"the run to resume is {folder}", config.rewards, "train(resume=..., rewards=[...])")
-
-
-def refuse_python(given: str, rewards: RewardSettings, call: str) -> None:
-    """Raises `ConfigError` if rewards were handed over as functions, which nothing but that call can do again."""
-    missing = [name.removeprefix(_PYTHON) for name in rewards.functions if is_python(name)]
-    if missing:
-        raise ConfigError(
-            given,
-            f"its rewards were the Python functions {', '.join(missing)}, which only Python can hand over again",
-            f"call it from Python: {call}",
-        )
 
 
 def discard_unused(folder: Path) -> None:
@@ -126,7 +110,7 @@ def _values(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
         return dict(config)
     if not isinstance(config, str | Path | None):
         raise ConfigError(f"the config is {config!r}", "it holds no settings", "give a mapping or a recipe's path")
-    return configs.read(config)
+    return read(config)
 
 
 def _algorithm_name(values: Mapping[str, Any]) -> str:
@@ -209,17 +193,6 @@ def split_hint(config: RunConfig) -> str:
     return f" --split {'validation' if 'validation' in files else min(files)}"
 
 
-def saved(folder: Path) -> dict[str, Any]:
-    """What a run's config.toml holds; rows that lie in the run's own folder are found where that is now."""
-    values = configs.read(folder / "config.toml")
-    task, data = values.get("task"), folder / "data"
-    if data.is_dir() and isinstance(task, dict):  # only the run itself makes a folder of that name there
-        name = task.get("name", "")
-        if name.startswith("file:") and Path(name).name == "data":
-            values["task"] = {**task, "name": f"file:{data.absolute()}"}
-    return values
-
-
 def to_resume(folder: Path) -> dict[str, Any]:
     """What the config.toml of a run to resume holds."""
     if not (folder / "config.toml").is_file():
@@ -242,7 +215,7 @@ def resumed_config(folder: Path, config: RunConfig | Mapping[str, Any] | str | P
 
 def changes(old: Settings, asked: Settings) -> list[str]:
     """The settings that two configs of one run differ in and must not."""
-    return [key for key in configs.differences(old, asked) if not key.startswith(_MAY_CHANGE)]
+    return [key for key in differences(old, asked) if not key.startswith(_MAY_CHANGE)]
 
 
 def refuse_changes(folder: Path, changed: Sequence[str]) -> None:
@@ -275,14 +248,14 @@ def model_settings(name: str) -> ModelSettings:
     path = models.run_of(Path(name)) / "config.toml"
     if not path.is_file():
         return ModelSettings(name=name)
-    values = configs.read(path).get("model", {})
+    values = read(path).get("model", {})
     own = values if isinstance(values, dict) else {"name": values}
     return build(ModelSettings, {**own, "name": name}, "model")
 
 
 def write_config(folder: Path, config: Settings) -> None:
     draft = folder / ".draft-config.toml"
-    draft.write_text(configs.dump(config), encoding="utf-8")
+    draft.write_text(dump(config), encoding="utf-8")
     os.replace(draft, folder / "config.toml")
 
 

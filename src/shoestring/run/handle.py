@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from shoestring.config.run import RunConfig
 from shoestring.errors import ConfigError
 from shoestring.model.policy import Policy
-from shoestring.rewards.functions import RewardFunction
+from shoestring.rewards.base import RewardFunction
 from shoestring.types import Problem, StepReport
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ class Run:
     ) -> list[list[str]]:
         """`num` answers of `policy` to each prompt, which is put as the run's task puts its questions."""
         from shoestring.config.settings import build
+        from shoestring.model.sampling import Sampling
         from shoestring.rollout.rollout import encode, roll_out
-        from shoestring.samplers.base import Sampling
 
         if num < 1:
             raise ConfigError(f"num is {num}", "it counts the answers to each prompt", "use 1 or more")

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -15,20 +14,23 @@ from typing import Any
 
 import torch
 
+from shoestring.allocator import capped, give_back
 from shoestring.config.run import RunConfig
 from shoestring.curricula import replay
 from shoestring.errors import ConfigError, DataError, NonFiniteError, ShoestringError
 from shoestring.evaluation.contamination import overlap
 from shoestring.evaluation.evaluate import EvalSettings, check_judges, evaluate, evaluate_by_rewards, first_problems
-from shoestring.memory.budget import capped, give_back
-from shoestring.memory.plan import Plan
+from shoestring.hashing import stable_hash
 from shoestring.model.load import check_quantisation, pick_device
 from shoestring.model.policy import Policy
+from shoestring.optimizers.base import set_learning_rate
 from shoestring.records import reporter as report
 from shoestring.records.clock import Clock
 from shoestring.records.environment import command, quoted
 from shoestring.records.reporter import Reporter
-from shoestring.rewards.functions import RewardFunction, Rewards, Scored, TrainerState, check_task
+from shoestring.rewards.base import RewardFunction, Scored, TrainerState
+from shoestring.rewards.functions import Rewards, check_task
+from shoestring.rewards.settings import is_python
 from shoestring.rollout import workers as pool
 from shoestring.rollout.prompts import FreshPrompts
 from shoestring.rollout.rollout import Encoded, Rollout, encode, roll_out, rows
@@ -40,13 +42,12 @@ from shoestring.run import preflight as budgets
 from shoestring.run.checkpoint import State
 from shoestring.run.handle import Run
 from shoestring.run.locks import locked
+from shoestring.run.session import Session
 from shoestring.run.signals import held_back
 from shoestring.run.summary import Done, step_report, warnings
-from shoestring.samplers.base import Engine
-from shoestring.tasks.base import stable_hash
 from shoestring.training.credit import credit_of
 from shoestring.training.micro_batching import HalfAStep, train_in_pieces
-from shoestring.training.update import build_optimizer, check_optimizer, learning_rate, set_learning_rate
+from shoestring.training.update import build_optimizer, check_optimizer, learning_rate
 from shoestring.types import Group, Problem, Prompt
 
 # A step whose gradient is not finite is skipped; so many in a row are no accident.
@@ -107,35 +108,6 @@ def carried_out(
             if resume is None:
                 runs.discard_unused(folder)
             raise
-
-
-@dataclass(frozen=True)
-class Session:
-    """What stays the same from step to step."""
-
-    folder: Path
-    config: RunConfig
-    problems: Sequence[Problem]
-    fresh: FreshPrompts
-    scoring: Scoring
-    policy: Policy
-    engine: Engine
-    optimizer: torch.optim.Optimizer
-    reporter: Reporter
-    plan: Plan | None
-    """None for a model whose shape is not known."""
-    first_step: int
-    trunk_layer: int | None = None
-    """The layer in front of which sampling keeps the residual stream for training."""
-
-    def save(self, state: State) -> None:
-        checkpoint.save(self.folder, self.policy.trained(), self.optimizer, state)
-        if self.config.save_total_limit:
-            checkpoint.prune(self.folder, self.config.save_total_limit)
-
-    def seed(self, step: int, *purpose: object) -> int:
-        """63 bits for one purpose of one step."""
-        return stable_hash(self.config.seed, step, *purpose) >> 1
 
 
 def _run(folder: Path, config: RunConfig, rewards: Rewards, *, quiet: bool, profile: bool) -> Run:
@@ -292,7 +264,7 @@ def _saved_at(session: Session, state: State, errors: type[BaseException]) -> Ab
 
 
 def _to_go_on(folder: Path, config: RunConfig) -> str:
-    if any(runs.is_python(name) for name in config.rewards.functions):
+    if any(is_python(name) for name in config.rewards.functions):
         return f"train(resume={str(folder)!r}, rewards=[...])"
     return f"{command()} train --resume {quoted(folder)}"
 
@@ -477,7 +449,7 @@ def where_it_lies(run: Run) -> str:
     ]
     if run.reports:
         lines.append(f"report:   {command()} report {quoted(run.folder)}")
-    python = any(map(runs.is_python, run.config.rewards.functions))
+    python = any(map(is_python, run.config.rewards.functions))
     if run.config.evaluated_by == "answers" or not python:
         lines.append(f"evaluate: {command()} eval {quoted(run.folder)}{runs.split_hint(run.config)}")
     if len(run.reports) < run.config.steps:

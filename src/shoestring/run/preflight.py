@@ -8,32 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shoestring.allocator import OutOfMemory, free_bytes, give_back, is_out_of_memory, total_bytes
 from shoestring.config.run import RunConfig
+from shoestring.config.sizes import size_text
 from shoestring.errors import ConfigError
-from shoestring.memory.budget import (
-    OutOfMemory,
-    budget_bytes,
-    check_room,
-    context_bytes,
-    free_bytes,
-    give_back,
-    is_out_of_memory,
-    size_text,
-    total_bytes,
-)
+from shoestring.memory.budget import budget_bytes, check_room, context_bytes
 from shoestring.memory.plan import Plan, check, longest_problems, predict
+from shoestring.model.chat import Reader
 from shoestring.model.load import load_tokenizer
-from shoestring.model.policy import Policy, Reader, load_policy
+from shoestring.model.policy import Policy
 from shoestring.model.shapes import read_shape
 from shoestring.records.clock import Clock
 from shoestring.rollout.rollout import encode
-from shoestring.run.checkpoint import Pieces, State
+from shoestring.run.checkpoint import State
+from shoestring.run.loading import load_policy
 from shoestring.samplers.base import Engine
 from shoestring.training import micro_batching as pieces
+from shoestring.training.micro_batching import Pieces
 from shoestring.types import Problem, Prompt
 
 if TYPE_CHECKING:
-    from shoestring.run.loop import Session
+    from shoestring.run.session import Session
 
 log = logging.getLogger("shoestring")
 

@@ -19,31 +19,27 @@ from pydantic import BeforeValidator, Field
 from rich.console import Console
 
 from shoestring.adapters import ADAPTERS
-from shoestring.config.run import ExecutionSettings, OptimSettings, named_model
+from shoestring.config.run import OptimSettings, named_model
+from shoestring.config.sections import ExecutionSettings
 from shoestring.config.settings import Settings, build, pick
 from shoestring.errors import ConfigError, DataError
 from shoestring.model import load as models
 from shoestring.model.load import ModelSettings
-from shoestring.model.policy import Policy, load_policy, to_device
+from shoestring.model.policy import Policy, to_device
+from shoestring.optimizers.base import set_learning_rate
 from shoestring.records import reporter as report
 from shoestring.records.environment import command, quoted
 from shoestring.run import checkpoint
 from shoestring.run import folder as runs
-from shoestring.run.checkpoint import Pieces
+from shoestring.run.loading import load_policy
 from shoestring.run.locks import locked
 from shoestring.run.signals import held_back
 from shoestring.tasks import TASKS
 from shoestring.tasks.file import File
-from shoestring.training.batch import Row, cut_rows, pad_rows
-from shoestring.training.update import (
-    build_optimizer,
-    check_optimizer,
-    clip_gradient,
-    learning_rate,
-    set_learning_rate,
-    take_gradient,
-)
-from shoestring.types import Problem
+from shoestring.training.batch import cut_rows, pad_rows
+from shoestring.training.micro_batching import Pieces
+from shoestring.training.update import build_optimizer, check_optimizer, clip_gradient, learning_rate, take_gradient
+from shoestring.types import Problem, Row
 
 
 class SftConfig(Settings):

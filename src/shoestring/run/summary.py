@@ -11,9 +11,8 @@ from shoestring.config.run import RunConfig
 from shoestring.records.clock import Clock
 from shoestring.rollout.rounds import Sampled
 from shoestring.run.checkpoint import State
-from shoestring.training.batch import has_signal
 from shoestring.training.update import UpdateReport, learning_rate
-from shoestring.types import Batch, Group, StepReport
+from shoestring.types import Batch, Group, StepReport, has_signal
 
 # So many groups without signal are no accident.
 _SAYS_SOMETHING = 8

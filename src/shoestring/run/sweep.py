@@ -19,9 +19,11 @@ from typing import Any, Literal
 import torch
 
 from shoestring.config import run as configs
+from shoestring.config.files import dump
 from shoestring.evaluation.contamination import overlap
-from shoestring.evaluation.evaluate import EvalSettings, first_problems, t_interval
+from shoestring.evaluation.evaluate import EvalSettings, first_problems
 from shoestring.evaluation.evaluator import Judge
+from shoestring.evaluation.intervals import t_interval
 from shoestring.model import load as models
 from shoestring.records import reporter as report
 from shoestring.records.environment import device_name, versions
@@ -83,7 +85,7 @@ def _started(trial: Trial, card: str | None) -> subprocess.Popen[bytes]:
     """A process for the trial. It lives as long as the pipe to it is open, so it does not outlive this one."""
     recipe = Path(f"{trial.folder}.toml")
     recipe.parent.mkdir(parents=True, exist_ok=True)
-    recipe.write_text(configs.dump(trial.config), encoding="utf-8")
+    recipe.write_text(dump(trial.config), encoding="utf-8")
     command = [sys.executable, "-m", "shoestring.run.sweep", str(recipe), trial.split, str(trial.num or "")]
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": card} if card else {})}
     with trial.log.open("wb") as log:
@@ -94,7 +96,7 @@ def _started(trial: Trial, card: str | None) -> subprocess.Popen[bytes]:
 
 def _process(trial: Trial) -> None:
     """Trains, or goes on, and evaluates greedily: first what the trial started from, then what came of it."""
-    from shoestring.memory.budget import give_back
+    from shoestring.allocator import give_back
     from shoestring.run.loop import carried_out
 
     config, folder = trial.config, trial.folder
@@ -114,7 +116,7 @@ def _process(trial: Trial) -> None:
 
 
 def _evaluate(trial: Trial, model: models.ModelSettings, path: Path, wave_tokens: int | None) -> None:
-    from shoestring.model.policy import load_policy
+    from shoestring.run.loading import load_policy
     from shoestring.samplers import SAMPLERS
 
     config = trial.config

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from shoestring.config import run as configs
+from shoestring.config.files import is_named, literal, parsed, read
 from shoestring.config.run import RunConfig
 from shoestring.errors import ConfigError
 from shoestring.evaluation.evaluator import Judge
+from shoestring.hashing import stable_hash
 from shoestring.model import load as models
 from shoestring.run import checkpoint
 from shoestring.run import folder as runs
-from shoestring.tasks.base import stable_hash
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,15 @@ def axis(text: str) -> tuple[str, list[Any]]:
     (('optim.lr', [1e-05, 3e-05]), ('algorithm.name', ['grpo', 't-spmo']), ('task.digits', [[2, 2], [1, 3]]))
     """
     key, _, raw = (part.strip() for part in text.partition("="))
-    whole = configs.parsed(raw)
-    values = whole if isinstance(whole, list) else [configs.parsed(part.strip()) for part in raw.split(",")]
+    whole = parsed(raw)
+    values = whole if isinstance(whole, list) else [parsed(part.strip()) for part in raw.split(",")]
     if not key or not values or "" in values or (raw.startswith(("[", "{")) and not isinstance(whole, list)):
         raise ConfigError(
             f'--over is "{text}"',
             "it is no setting with values",
             'write one such as optim.lr=1e-5,3e-5; values with commas as a TOML list: task.system=["a, b", "c"]',
         )
-    bare = configs.is_named(key) and all(isinstance(value, str) for value in values)
+    bare = is_named(key) and all(isinstance(value, str) for value in values)
     return f"{key}.name" if bare else key, values
 
 
@@ -102,11 +103,11 @@ def trials(
     run, as far as that needs no model."""
     axes = [axis(text) for text in over]
     _refuse_clashes([key for key, _ in axes], [text.partition("=")[0].strip() for text in overrides])
-    axes.append(("seed", list(seeds) if seeds is not None else [configs.read(recipe).get("seed", 0)]))
+    axes.append(("seed", list(seeds) if seeds is not None else [read(recipe).get("seed", 0)]))
     found: dict[str, Trial] = {}
     for values in itertools.product(*(values for _, values in axes)):
         swept = {key: value for (key, _), value in zip(axes, values, strict=True)}
-        config = configs.load(recipe, [*overrides, *(f"{key}={configs.literal(v)}" for key, v in swept.items())])
+        config = configs.load(recipe, [*overrides, *(f"{key}={literal(v)}" for key, v in swept.items())])
         del swept["seed"]
         own = config.evaluation
         trial = Trial(config, swept, split or own.split, num if split or num else own.num)

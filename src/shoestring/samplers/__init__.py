@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from shoestring.samplers.base import Sampling
-from shoestring.samplers.graph import AutoSampler, GraphSampler
+from shoestring.model.sampling import Sampling
+from shoestring.samplers.auto import AutoSampler
+from shoestring.samplers.graph import GraphSampler
 from shoestring.samplers.hf import HfSampler
 
 SAMPLERS: dict[str, type[Any]] = {

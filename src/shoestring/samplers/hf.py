@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from shoestring.allocator import OutOfMemory, is_out_of_memory, shrinking
 from shoestring.config.settings import Settings
-from shoestring.memory.budget import OutOfMemory, is_out_of_memory, shrinking
 from shoestring.model.draw import draw, entropy, noise
-from shoestring.samplers.base import Sampling, Told
+from shoestring.model.sampling import Sampling
+from shoestring.samplers.base import Told
 from shoestring.types import Completion, Prompt
 
 if TYPE_CHECKING:

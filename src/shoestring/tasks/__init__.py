@@ -7,7 +7,7 @@ from typing import Any
 from shoestring.tasks.file import File, Hub
 from shoestring.tasks.gsm8k import Gsm8k
 from shoestring.tasks.gym import Gym
-from shoestring.tasks.mixture import Mixture
+from shoestring.tasks.mixture import TABLE, Mixture
 from shoestring.tasks.multiplication import Multiplication
 from shoestring.tasks.svamp import Svamp
 from shoestring.tasks.word_problems import WordProblems
@@ -22,3 +22,4 @@ TASKS: dict[str, type[Any]] = {
     "hub": Hub,
     "mixture": Mixture,
 }
+TABLE |= TASKS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -10,11 +9,10 @@ from pydantic import Field
 
 from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
+from shoestring.model.chat import Messages
 from shoestring.types import Problem, Score
 
 SPLITS = ("train", "validation", "test")
-
-Messages = list[dict[str, str]]
 
 
 class Task(Protocol):
@@ -80,20 +78,6 @@ def has_answers(task: Task) -> bool:
     return getattr(task, "check", "") != "none"
 
 
-def plain_text(messages: Messages) -> str:
-    """The messages as bare text, for models without a chat template."""
-    return "\n\n".join(message["content"] for message in messages)
-
-
 def check_split(split: str) -> None:
     if split not in SPLITS:
         raise ConfigError(f'split is "{split}"', "there is no such split", "use one of: " + ", ".join(SPLITS))
-
-
-def stable_hash(*parts: object) -> int:
-    """64 bits of SHA-256 over the parts: the same on every machine and in every run.
-
-    >>> stable_hash("train", 3) == stable_hash("train", 3) != stable_hash("test", 3)
-    True
-    """
-    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "big")

@@ -11,7 +11,9 @@ from pydantic import field_validator
 
 from shoestring import answers
 from shoestring.errors import ConfigError, DataError
-from shoestring.tasks.base import SPLITS, Messages, check_split, stable_hash
+from shoestring.hashing import stable_hash
+from shoestring.model.chat import Messages
+from shoestring.tasks.base import SPLITS, check_split
 from shoestring.tasks.rows import ENDINGS, Checked, Row, checked_answer, hold_back, hub_rows, read_rows
 from shoestring.types import Problem, Score
 

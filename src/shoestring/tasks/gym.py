@@ -24,7 +24,8 @@ from typing import Any, overload
 from pydantic import Field
 
 from shoestring.errors import ConfigError, DataError, nearest
-from shoestring.tasks.base import Asking, check_split, stable_hash
+from shoestring.hashing import stable_hash
+from shoestring.tasks.base import Asking, check_split
 from shoestring.types import Problem, Score
 
 EXCLUDED: dict[str, str] = {

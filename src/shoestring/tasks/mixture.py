@@ -13,23 +13,26 @@ from pydantic import BeforeValidator, Field
 
 from shoestring.config.settings import Settings, pick
 from shoestring.errors import ConfigError
-from shoestring.tasks.base import Messages, Task, check_split
+from shoestring.model.chat import Messages
+from shoestring.tasks.base import Task, check_split
 from shoestring.types import Problem, Score
 
 # A task that makes its problems has as many as are asked for: more than this of one part is taken for a mistake.
 _MOST = 50_000
 
 
-def _parts(value: Any) -> tuple[Task, ...]:
-    from shoestring.tasks import TASKS
+TABLE: dict[str, type[Any]] = {}
+"""The tasks that a mixture may hold: the package fills it with its own table."""
 
+
+def _parts(value: Any) -> tuple[Task, ...]:
     if not isinstance(value, list | tuple) or len(value) < 2:
         raise ConfigError(
             f"task.of is {value!r}",
             "a mixture is made of two tasks or more",
             'write of = ["svamp", "gsm8k"], or tables with the settings of each',
         )
-    return tuple(pick(TASKS, "task.of", part) for part in value)
+    return tuple(pick(TABLE, "task.of", part) for part in value)
 
 
 class Mixture(Settings):

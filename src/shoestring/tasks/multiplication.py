@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 
 from shoestring import answers
 from shoestring.errors import ConfigError
-from shoestring.tasks.base import Asking, check_split, stable_hash
+from shoestring.hashing import stable_hash
+from shoestring.tasks.base import Asking, check_split
 from shoestring.tasks.generated import Stream, distinct
 from shoestring.types import Problem, Score
 

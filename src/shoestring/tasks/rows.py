@@ -14,7 +14,8 @@ from pydantic import Field
 from shoestring import answers
 from shoestring.config.extras import need
 from shoestring.errors import ConfigError, DataError
-from shoestring.tasks.base import Asking, stable_hash
+from shoestring.hashing import stable_hash
+from shoestring.tasks.base import Asking
 from shoestring.types import Problem, Score
 
 ENDINGS = (".jsonl", ".csv", ".parquet")

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from shoestring import answers
-from shoestring.tasks.base import Asking, check_split, stable_hash
+from shoestring.hashing import stable_hash
+from shoestring.tasks.base import Asking, check_split
 from shoestring.tasks.generated import Stream, distinct
 from shoestring.tasks.word_stories import PEOPLE, STORIES, Story
 from shoestring.types import Problem, Score

@@ -4,34 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shoestring.types import Batch, Credit, Group, Trunk
-
-
-class Row(NamedTuple):
-    """One completion that trains: its ids up to the last input that is needed, and its selected places, [n] each."""
-
-    problem_id: str
-    token_ids: tuple[int, ...]
-    col: Tensor
-    target: Tensor
-    advantage: Tensor
-    weight: Tensor
-    kl_weight: Tensor
-    sampler_logprob: Tensor
-    group: int = 0
-    """Rows of one group begin with the same prompt."""
-    prompt_tokens: int = 0
-    trunk: Trunk | None = None
-
-
-def has_signal(credit: Credit) -> bool:
-    return bool((credit.advantage != 0).any())
+from shoestring.types import Batch, Credit, Group, Row
 
 
 def collate(

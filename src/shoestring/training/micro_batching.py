@@ -11,16 +11,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from shoestring.allocator import OutOfMemory, is_out_of_memory, shrinking
 from shoestring.config.run import RunConfig
-from shoestring.memory.budget import OutOfMemory, is_out_of_memory, shrinking, size_text
+from shoestring.config.sizes import size_text
 from shoestring.model.policy import Policy
+from shoestring.model.sampling import Sampling
 from shoestring.model.trees import cost, cut_tree, pack_rows
 from shoestring.optimizers.adamw import takes_no_memory
-from shoestring.run.checkpoint import Pieces, moments
-from shoestring.samplers.base import Sampling
-from shoestring.training.batch import Row, cut_rows, pad_rows, training_rows
-from shoestring.training.update import UpdateReport, backward, set_learning_rate, update
-from shoestring.types import Batch, Credit, Group, Prompt, Trunk
+from shoestring.optimizers.base import moments, set_learning_rate
+from shoestring.training.batch import cut_rows, pad_rows, training_rows
+from shoestring.training.update import UpdateReport, backward, update
+from shoestring.types import Batch, Credit, Group, Prompt, Row, Trunk
 
 T = TypeVar("T")
 
@@ -255,3 +256,13 @@ def _halved(
     if fitted < asked:
         pieces.micro_batch_tokens = fitted
     return (found,)
+
+
+@dataclass
+class Pieces:
+    """How the training of a step is cut. Lowered for good by a phase that ran out of memory."""
+
+    micro_batch_tokens: int = 16_384
+    checkpointing: bool = False
+    may_checkpoint: bool = True
+    """Whether checkpointing may be turned on where a single row does not fit without it."""

@@ -70,14 +70,6 @@ def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
             return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):  # torchao's
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-
-
 class UpdateReport(NamedTuple):
     """What an update did. `finite` is false where a loss or gradient was not, and that optimizer step and those behind
     it were not applied; `culprits` are the problems whose rows were at fault, if single ones were."""

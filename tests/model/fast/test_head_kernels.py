@@ -20,9 +20,11 @@ from tests.model.test_logprobs import PLAIN, VARIANTS, Case, agree, gradients, r
 from torch import Tensor
 
 from shoestring.memory.footprint import FAMILIES
+from shoestring.model import logit_tiles, logit_transforms
 from shoestring.model import logprobs as heads
 from shoestring.model.fast import kernels
-from shoestring.model.logprobs import full_entropy, gathered_logprobs, head_bytes, selected_logprobs, tile_shape
+from shoestring.model.logit_tiles import head_bytes, tile_shape
+from shoestring.model.logprobs import full_entropy, gathered_logprobs, selected_logprobs
 from tracker import LiveBytes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -170,9 +172,9 @@ def test_bad_numbers() -> None:
 def tiles_of(monkeypatch: pytest.MonkeyPatch, rows: int, size: int) -> None:
     """The kernel path here, with tiles of `size` bytes."""
     monkeypatch.setattr(kernels, "usable", lambda *_: True)
-    monkeypatch.setattr(heads, "_KEPT", 0)
-    monkeypatch.setattr(heads, "_KERNEL_ROWS", rows)
-    monkeypatch.setattr(heads, "_KERNEL_TILE", (size, size))
+    monkeypatch.setattr(logit_tiles, "KEPT", 0)
+    monkeypatch.setattr(logit_tiles, "_KERNEL_ROWS", rows)
+    monkeypatch.setattr(logit_tiles, "_KERNEL_TILE", (size, size))
 
 
 @interpreted
@@ -261,7 +263,9 @@ def test_families_with_a_transform_are_those_of_the_head() -> None:
     config = SimpleNamespace(logits_scaling=3.0, logit_scale=0.25, final_logit_softcapping=3.0)
     config_of = {"gemma3_text": SimpleNamespace(final_logit_softcapping=None)}  # as published
     for name, family in FAMILIES.items():
-        assert family.post == (heads.POST_HEAD[name](config_of.get(name, config)) is not heads._same), name
+        assert family.post == (
+            logit_transforms.POST_HEAD[name](config_of.get(name, config)) is not logit_transforms._same
+        ), name
 
 
 def test_nothing_but_a_gpu_has_kernels() -> None:

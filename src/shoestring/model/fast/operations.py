@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shoestring.samplers.base import Sampling
+from shoestring.model.sampling import Sampling
 from shoestring.types import Paths
 
 # Columns of `Table.info`.

@@ -19,7 +19,7 @@ from shoestring.model.fast.operations import (
     Stream,
     Table,
 )
-from shoestring.samplers.base import Sampling
+from shoestring.model.sampling import Sampling
 from shoestring.types import Paths
 
 
