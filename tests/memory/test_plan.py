@@ -28,7 +28,8 @@ from shoestring.memory import footprint
 from shoestring.memory import sampling as sampling_bytes
 from shoestring.memory import training as training_bytes
 from shoestring.memory.footprint import Work
-from shoestring.memory.plan import Plan, Sizes, _layer_time, check, predict
+from shoestring.memory.plan import Plan, check, predict
+from shoestring.memory.sizes import Sizes, _layer_time
 from shoestring.model.policy import Policy
 from shoestring.model.shapes import Shape, shape_of
 from shoestring.model.structure import decoder_layers

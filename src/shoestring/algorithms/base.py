@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -117,3 +118,12 @@ def every_token(group: Group) -> tuple[Tensor, Tensor]:
 def cut_off(group: Group) -> Tensor:
     """Which completions were cut off at the length limit. [G], bool"""
     return torch.tensor([completion.stop == "length" for completion in group.completions], dtype=torch.bool)
+
+
+def scored_part(group: Group) -> tuple[list[int], Group]:
+    """The places of the completions that were scored, and a group of these."""
+    places = [i for i, score in enumerate(group.scores) if not score.parts.get("unscored")]
+    if len(places) == len(group.scores):
+        return places, group
+    completions, scores = (tuple(all_of[i] for i in places) for all_of in (group.completions, group.scores))
+    return places, replace(group, completions=completions, scores=scores)

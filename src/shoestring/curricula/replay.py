@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from shoestring.algorithms.base import Replay
-from shoestring.training.credit import scored_part
+from shoestring.algorithms.base import Replay, scored_part
 from shoestring.types import Group, Prompt
 
 

@@ -13,7 +13,8 @@ from shoestring.config.run import RunConfig
 from shoestring.config.sizes import size_text
 from shoestring.errors import ConfigError
 from shoestring.memory.budget import budget_bytes, check_room, context_bytes
-from shoestring.memory.plan import Plan, check, longest_problems, predict
+from shoestring.memory.plan import Plan, check, predict
+from shoestring.memory.prompt_length import longest_problems
 from shoestring.model.chat import Reader
 from shoestring.model.load import load_tokenizer
 from shoestring.model.policy import Policy

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from shoestring.algorithms.base import Algorithm
+from shoestring.algorithms.base import Algorithm, scored_part
 from shoestring.errors import ConfigError
 from shoestring.types import Credit, Group
 
@@ -29,15 +29,6 @@ def credit_of(algorithm: Algorithm, group: Group, generator: torch.Generator) ->
     share = len(places) / len(group.completions)
     kl_weight = None if credit.kl_weight is None else credit.kl_weight * share
     return replace(credit, row=torch.tensor(places)[credit.row], weight=credit.weight * share, kl_weight=kl_weight)
-
-
-def scored_part(group: Group) -> tuple[list[int], Group]:
-    """The places of the completions that were scored, and a group of these."""
-    places = [i for i, score in enumerate(group.scores) if not score.parts.get("unscored")]
-    if len(places) == len(group.scores):
-        return places, group
-    completions, scores = (tuple(all_of[i] for i in places) for all_of in (group.completions, group.scores))
-    return places, replace(group, completions=completions, scores=scores)
 
 
 def _check(credit: Credit, group: Group, name: str) -> None:

@@ -1,0 +1,77 @@
+"""A config's step in the terms of the formulas."""
+
+from __future__ import annotations
+
+from shoestring.adapters.base import Trained
+from shoestring.config.run import RunConfig
+from shoestring.memory.footprint import Work
+from shoestring.model.fast.decoder import MODELS
+from shoestring.model.shapes import FAMILIES, Shape
+from shoestring.model.trees import TREE_MODELS
+from shoestring.training.update import state_bytes
+
+
+def on_gpu(config: RunConfig) -> bool:
+    if config.execution.device == "auto":
+        import torch
+
+        return torch.cuda.is_available()
+    return config.execution.device.startswith("cuda")
+
+
+def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
+    """A config's step, in the terms of the formulas."""
+    dtype = config.model.dtype
+    itemsize = {"bf16": 2, "fp16": 2, "fp32": 4}.get(dtype, 2 if gpu else 4)
+    trained = config.adapter.trained(shape)
+    sampling = config.drawing
+    fast = not config.execution.plain and config.model.attn_implementation != "eager"
+    reference = "none" if not config.objective.beta else "copy" if trained.whole else "adapter"
+    return Work(
+        shape=shape,
+        trained=trained,
+        itemsize=itemsize,
+        nf4=dtype == "nf4",
+        prompt=prompt,
+        added=sampling.max_new_tokens,
+        # An evaluation's completions have a prompt each.
+        prompts=sampling.num_prompts * (sampling.num_completions if config.eval_every else 1),
+        rows=sampling.num_prompts * sampling.num_completions,
+        group=sampling.num_completions,
+        padded=sampling.num_prompts > 1,
+        gpu=gpu,
+        eager=8 if FAMILIES[shape.family].eager else 6 if config.model.attn_implementation == "eager" else 0,
+        state=state_bytes(config.optim),
+        step_temporaries=_step_temporaries(config, shape, trained, gpu),
+        reference=reference,
+        graph=config.sampler.name in ("auto", "graph") and shape.family in MODELS,
+        filtered=bool(config.eval_every or sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.entropy),
+        trees=fast and shape.family in TREE_MODELS,
+        own_layers=fast and shape.family in MODELS and not trained.whole,
+        flash=gpu and itemsize == 2 and _has_flash(),
+        trunk_rows=_trunk_rows(config, shape, trained),
+    )
+
+
+def _has_flash() -> bool:
+    """Whether torch has FlashAttention on the card here; a card that is not here is taken for one that has it."""
+    import torch
+
+    from shoestring.model.fast.triton_training import has_flash
+
+    return not torch.cuda.is_available() or has_flash(torch.device("cuda"), torch.bfloat16)
+
+
+def _trunk_rows(config: RunConfig, shape: Shape, trained: Trained) -> int:
+    """Completions whose residual stream in front of the first trained layer may be kept for training."""
+    known = shape.family in MODELS and config.sampler.name in ("auto", "graph") and not config.execution.plain
+    if not known or trained.whole or trained.first_layer == 0 or config.execution.trunk_cache is False:
+        return 0
+    return config.sampling.most_prompts * config.sampling.num_completions
+
+
+def _step_temporaries(config: RunConfig, shape: Shape, trained: Trained, gpu: bool) -> int:
+    """Bytes that an optimizer step takes for its while: torch's fused AdamW none, torchao's those of a whole weight."""
+    if config.optim.name == "adamw-8bit":
+        return 8 * (shape.embedding if trained.whole else max(trained.layer_parameters, 1))
+    return 2**25 if trained.whole and gpu else 0
