@@ -143,7 +143,7 @@ def test_a_budget_that_cannot_be_is_told_before_any_model_loads(memory: str, mon
 def test_the_command_line_tells_it_without_a_traceback_and_ends_with_2() -> None:
     """Without loading what a model needs, too."""
     code = (
-        "import sys; from shoestring import cli\n"
+        "import sys; from shoestring.cli import main as cli\n"
         "try: cli.main()\n"
         "finally: print([name for name in ('torch', 'transformers', 'peft') if name in sys.modules])"
     )
