@@ -52,6 +52,22 @@ class Prompt:
         return self.token_ids[self.answer_start :]
 
 
+@dataclass(frozen=True)
+class Request:
+    """`num` completions of a prompt.
+
+    `noise_key` is a seed and a place: completion g draws what (seed, place, `first_completion` + g) hash to, whatever
+    else is sampled with it. So a later request with the same key and a higher `first_completion` draws more of the same
+    prompt. `truncated` says whether the prompt was cut from the left.
+    """
+
+    prompt: Prompt
+    num: int
+    noise_key: tuple[int, int]
+    first_completion: int = 0
+    truncated: bool = False
+
+
 class Trunk(NamedTuple):
     """The residual stream in front of a layer below which nothing is trained, as sampling found it: of the prompt,
     [P, H], and of the completion's own tokens but the last, [T - 1, H] or more."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shoestring.hashing import stable_hash
 from shoestring.model.sampling import Sampling
+from shoestring.types import Request
 
 # Logits that are drawn from at once: the fp32 and fp64 copies of all rows would be the largest thing in a decode step.
 DRAW_TILE = 2**21
@@ -18,6 +19,12 @@ def noise(seed: int, prompt: int, completion: int, length: int) -> Float[Tensor,
     """The uniform numbers of one completion, one a position, the same on every device."""
     generator = torch.Generator().manual_seed(stable_hash(seed, prompt, completion) >> 1)
     return torch.rand(length, generator=generator, dtype=torch.float64)
+
+
+def request_noise(request: Request, completion: int, length: int) -> Float[Tensor, " T"]:
+    """The uniform numbers of a request's completion, counted from 0 in the request."""
+    seed, place = request.noise_key
+    return noise(seed, place, request.first_completion + completion, length)
 
 
 def draw(

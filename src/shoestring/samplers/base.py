@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shoestring.model.sampling import Sampling
-from shoestring.types import Completion, Prompt
+from shoestring.types import Completion, Prompt, Request
 
 if TYPE_CHECKING:
     from shoestring.model.policy import Policy
@@ -53,6 +53,83 @@ class Engine(Protocol):
         adapter here, and keeps it beside them: merged, it would be rounded away. Until then it samples with the one
         before."""
         ...
+
+
+class RequestEngine:
+    """`Engine.sample` for engines that take requests, each with a number and a noise key of its own."""
+
+    def sample_requests(
+        self,
+        requests: Sequence[Request],
+        *,
+        sampling: Sampling,
+        done: Told | None = None,
+        **keeping: Any,
+    ) -> list[tuple[Completion, ...]]:
+        """The completions of each request, in its order; see `Engine.sample`."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num: int,
+        sampling: Sampling,
+        seed: int,
+        first: int = 0,
+        done: Told | None = None,
+        **keeping: Any,
+    ) -> list[tuple[Completion, ...]]:
+        requests = [Request(prompt, num, (seed, first + place)) for place, prompt in enumerate(prompts)]
+        return self.sample_requests(requests, sampling=sampling, done=done, **keeping)
+
+
+def sample_requests(
+    engine: Engine, requests: Sequence[Request], *, sampling: Sampling, done: Told | None = None, **keeping: Any
+) -> list[tuple[Completion, ...]]:
+    """The completions of each request, by whatever an engine offers.
+
+    An engine that takes no requests is called once for each run of them with one number, one seed and consecutive
+    places. It draws the completions before `first_completion` too, and they are dropped.
+    """
+    if isinstance(engine, RequestEngine):
+        return engine.sample_requests(requests, sampling=sampling, done=done, **keeping)
+    found: list[tuple[Completion, ...]] = []
+    for run in _alike(requests):
+        start, skipped = len(found), run[0].first_completion
+
+        def shifted(place: int, group: tuple[Completion, ...], start: int = start, skipped: int = skipped) -> None:
+            assert done is not None
+            done(start + place, group[skipped:])
+
+        seed, first = run[0].noise_key
+        groups = engine.sample(
+            [request.prompt for request in run],
+            num=skipped + run[0].num,
+            sampling=sampling,
+            seed=seed,
+            first=first,
+            done=shifted if done is not None else None,
+            **keeping,
+        )
+        found += [group[skipped:] for group in groups]
+    return found
+
+
+def _alike(requests: Sequence[Request]) -> list[list[Request]]:
+    """Runs of requests that one call of `Engine.sample` serves."""
+    runs: list[list[Request]] = []
+    for request in requests:
+        last = runs[-1][-1] if runs else None
+        follows = last is not None and (
+            (last.num, last.first_completion) == (request.num, request.first_completion)
+            and (last.noise_key[0], last.noise_key[1] + 1) == request.noise_key
+        )
+        if follows:
+            runs[-1].append(request)
+        else:
+            runs.append([request])
+    return runs
 
 
 class Sampler(Protocol):

@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -15,14 +16,14 @@ import torch.nn.functional as F
 from shoestring.allocator import is_out_of_memory, shrinking
 from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
-from shoestring.model.draw import noise
+from shoestring.model.draw import request_noise
 from shoestring.model.fast.decoder import unsupported
 from shoestring.model.fast.operations import COLUMNS, DONE, LENGTH, LIMIT, PROMPT, PROMPT_LENGTH, SLOT, Keys, Table
 from shoestring.model.sampling import Sampling
-from shoestring.samplers.base import Told
+from shoestring.samplers.base import RequestEngine, Told
 from shoestring.samplers.capture import FIRST_ROWS, LADDER, Steps, _completion, _Prompts, prompts_at_once, side_by_side
 from shoestring.samplers.hf import PREFILL_SHARE, added_tokens, no_room, prompt_chunks
-from shoestring.types import Completion, Prompt, Trunk
+from shoestring.types import Completion, Prompt, Request, Trunk
 
 if TYPE_CHECKING:
     from shoestring.model.policy import Policy
@@ -46,7 +47,7 @@ class GraphSampler(Settings):
         return GraphEngine(policy, wave_tokens)
 
 
-class GraphEngine:
+class GraphEngine(RequestEngine):
     """See `Engine`. `wave_tokens` is counted as if every completion had its prompt for itself."""
 
     keeps_trunk = True
@@ -61,14 +62,11 @@ class GraphEngine:
         """Weights are looked at whenever sampling begins."""
 
     @torch.no_grad()
-    def sample(
+    def sample_requests(  # type: ignore[override]
         self,
-        prompts: Sequence[Prompt],
+        requests: Sequence[Request],
         *,
-        num: int,
         sampling: Sampling,
-        seed: int,
-        first: int = 0,
         done: Told | None = None,
         trunk_layer: int | None = None,
     ) -> list[tuple[Completion, ...]]:
@@ -80,31 +78,34 @@ class GraphEngine:
                 done(place, completions)
 
         def attempt(rows: int) -> None:
-            left = [place for place in range(len(prompts)) if place not in found]
-            table = self._table_for(prompts, num, sampling)
-            wave = _Wave(self._policy, self._steps, table, prompts, num, sampling, trunk_layer)
-            wave.run(left, rows, lambda place, g: noise(seed, first + place, g, wave.own_slots), take)
+            left = [place for place, request in enumerate(requests) if request.num and place not in found]
+            table = self._table_for(requests, sampling)
+            wave = _Wave(self._policy, self._steps, table, requests, sampling, trunk_layer)
+            wave.run(left, rows, lambda place, g: request_noise(requests[place], g, wave.own_slots), take)
 
-        if prompts and num:
-            self._fitting(prompts, num, sampling, attempt)
-        return [found.get(place, ()) for place in range(len(prompts))]
+        if any(request.num for request in requests):
+            self._fitting(requests, sampling, attempt)
+        return [found.get(place, ()) for place in range(len(requests))]
 
     @torch.no_grad()
     def rehearse(
         self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling, trunk_layer: int | None = None
     ) -> None:
+        requests = [Request(prompt, num, (0, place)) for place, prompt in enumerate(prompts)]
+
         def attempt(rows: int) -> None:
-            table = self._table_for(prompts, num, sampling)
-            _Wave(self._policy, self._steps, table, prompts, num, sampling, trunk_layer).rehearse(rows)
+            table = self._table_for(requests, sampling)
+            _Wave(self._policy, self._steps, table, requests, sampling, trunk_layer).rehearse(rows)
 
-        self._fitting(prompts, num, sampling, attempt)
+        self._fitting(requests, sampling, attempt)
 
-    def _fitting(self, prompts: Sequence[Prompt], num: int, sampling: Sampling, attempt: Callable[[int], None]) -> None:
+    def _fitting(self, requests: Sequence[Request], sampling: Sampling, attempt: Callable[[int], None]) -> None:
         """Runs `attempt` with as many rows at once as fit, and remembers how many."""
         self._steps.look_at_weights()
+        prompts = [request.prompt for request in requests]
         longest = max(len(prompt.token_ids) for prompt in prompts)
         each = longest + max(added_tokens(prompt, sampling) for prompt in prompts)
-        most = min(len(prompts) * num, LADDER[-1])
+        most = min(sum(request.num for request in requests), LADDER[-1])
         asked = max(min((self.wave_tokens or most * each) // each, most), 1) * each
 
         def undo() -> None:
@@ -120,9 +121,9 @@ class GraphEngine:
         if fitted < asked:
             self.wave_tokens = fitted
 
-    def _table_for(self, prompts: Sequence[Prompt], num: int, sampling: Sampling) -> Table:
+    def _table_for(self, requests: Sequence[Request], sampling: Sampling) -> Table:
         """One with places for all completions. Captured steps hold its addresses, so it only ever grows."""
-        rows, width = len(prompts) * num, sampling.max_new_tokens
+        rows, width = sum(request.num for request in requests), sampling.max_new_tokens
         table = self._table
         if table is None or len(table.tokens) <= rows or table.tokens.shape[1] < width:
             self._steps.drop()
@@ -135,23 +136,25 @@ class GraphEngine:
 
 
 class _Wave:
-    """One sampling. Completions are numbered through, prompt by prompt; `rows` of them are in the cache at once, and
-    as some end, others take their places."""
+    """One sampling. Completions are numbered through, request by request; `rows` of them are in the cache at once, and
+    as some end, others take their places. `_owner` names the request of each, `_starts` the first of each request."""
 
     def __init__(
         self,
         policy: Policy,
         steps: Steps,
         table: Table,
-        prompts: Sequence[Prompt],
-        num: int,
+        requests: Sequence[Request],
         sampling: Sampling,
         trunk_layer: int | None,
     ):
         self._trunk_layer = trunk_layer
         self._trunks: dict[int, torch.Tensor] = {}
         self._policy, self._steps, self._decoder, self._table = policy, steps, steps.decoder, table
-        self._prompts, self._num, self._sampling = prompts, num, sampling
+        self._nums, self._sampling = [request.num for request in requests], sampling
+        self._owner = [p for p, num in enumerate(self._nums) for _ in range(num)]
+        self._starts = [0, *accumulate(self._nums)]
+        self._prompts = prompts = [request.prompt for request in requests]
         self._limits = [added_tokens(prompt, sampling) for prompt in prompts]
         self.own_slots = max(self._limits)
         self._prompt_slots = max(len(prompt.token_ids) for prompt in prompts)
@@ -171,7 +174,7 @@ class _Wave:
         """Samples the completions of the prompts at `places`, handing over each group as it is complete."""
         ends = () if self._sampling.ignore_eos else self._policy.eos_ids
         self._open(num_rows, ends)
-        waiting = deque(place * self._num + g for place in places for g in range(self._num))
+        waiting = deque(row for place in places for row in range(self._starts[place], self._starts[place + 1]))
         active: list[int] = []
         lengths: dict[int, int] = {}
         try:
@@ -181,7 +184,7 @@ class _Wave:
                 if not come:  # those that came may have ended with their first token: a look first
                     count = 1
                     if self._steps.captured or not ends:
-                        left = min(self._limits[row // self._num] - lengths[row] for row in active)
+                        left = min(self._limits[self._owner[row]] - lengths[row] for row in active)
                         count = min(left, _LOOK_EVERY) if ends else left
                     self._steps.run(active, self._table, self._sampling, count, self._trunk_layer)
                 rows = torch.tensor(active, device=self._policy.device)
@@ -199,7 +202,7 @@ class _Wave:
     def rehearse(self, num_rows: int) -> None:
         """The first token of as many completions as go at once, and the last one."""
         self._open(num_rows, ())
-        waiting = deque(range(len(self._prompts) * self._num))
+        waiting = deque(range(len(self._owner)))
         try:
             come = self._admit(waiting, lambda place, g: torch.full((self.own_slots,), 0.5, dtype=torch.float64))
             self._table.info[torch.tensor(come, device=self._policy.device), LENGTH] = max(self.own_slots - 2, 0)
@@ -210,7 +213,7 @@ class _Wave:
     def _open(self, num_rows: int, ends: Sequence[int]) -> None:
         """Makes room in memory for so many completions and their prompts."""
         device, decoder = self._policy.device, self._decoder
-        num_prompts = prompts_at_once(num_rows, len(self._prompts), self._num)
+        num_prompts = prompts_at_once(num_rows, len(self._prompts), min(filter(None, self._nums)))
 
         make = torch.zeros if device.type == "cpu" else torch.empty  # the CPU's attention reads what it masks
 
@@ -221,7 +224,7 @@ class _Wave:
 
         trunk = None
         if self._trunk_layer is not None:
-            shape = (len(self._prompts) * self._num + 1, self.own_slots, decoder.hidden_size)
+            shape = (len(self._owner) + 1, self.own_slots, decoder.hidden_size)
             trunk = torch.empty(shape, dtype=decoder.dtype, device=device)
         row_slots = self.own_slots + (self._prompt_slots if decoder.operations.whole_rows else 0)
         self._table.hold(Keys(room(num_prompts, self._prompt_slots), room(num_rows, row_slots), trunk))
@@ -237,7 +240,7 @@ class _Wave:
         if not come:
             return []
         self._prefill(fresh)
-        owners = [row // self._num for row in come]
+        owners = [self._owner[row] for row in come]
         info = torch.zeros(len(come), COLUMNS, dtype=torch.int32)
         info[:, SLOT] = torch.tensor([self._slot[row] for row in come])
         info[:, LENGTH] = -1  # not even the token that is drawn now is in the cache
@@ -246,7 +249,7 @@ class _Wave:
         info[:, LIMIT] = torch.tensor([self._limits[p] for p in owners])
         table, device = self._table, self._policy.device
         rows = torch.tensor(come, device=device)
-        uniform = torch.stack([noise_of(*divmod(row, self._num)) for row in come])
+        uniform = torch.stack([noise_of(p, row - self._starts[p]) for p, row in zip(owners, come, strict=True)])
         table.info[rows] = info.to(device)
         table.uniform[rows, : uniform.shape[1]] = uniform.to(device)
         slot, prompt = info[:, SLOT].long().to(device), info[:, PROMPT].long().to(device)
@@ -262,12 +265,12 @@ class _Wave:
         """The completions that free places go to, and those of their prompts that are not in the cache yet."""
         come, fresh = [], []
         while waiting and self._free_rows:
-            p = waiting[0] // self._num
+            p = self._owner[waiting[0]]
             if p not in self._place:
                 if not self._free_prompts:
                     break
                 self._place[p] = self._free_prompts.pop(0)
-                self._going[p] = self._num
+                self._going[p] = self._nums[p]
                 fresh.append(p)
             row = waiting.popleft()
             self._slot[row] = self._free_rows.pop(0)
@@ -300,7 +303,7 @@ class _Wave:
         keys = self._table.keys
         if keys is None or keys.trunk is None:
             return None
-        return Trunk(self._trunks[row // self._num], keys.trunk[row, : length - 1])
+        return Trunk(self._trunks[self._owner[row]], keys.trunk[row, : length - 1])
 
     def _closed_up(self, active: Sequence[int], lengths: dict[int, int]) -> list[int]:
         """Moves completions into places that others have left, so that those of the batch lie side by side, in order,
@@ -322,13 +325,13 @@ class _Wave:
     def _leave(self, ended: Sequence[int], lengths: dict[int, int], ends: Sequence[int], take: Told) -> None:
         """Frees the places of completions that have ended, and hands over the groups that are complete."""
         for row in ended:
-            p = row // self._num
+            p = self._owner[row]
             self._free_rows.append(self._slot.pop(row))
             self._going[p] -= 1
             if self._going[p]:
                 continue
             self._free_prompts.append(self._place.pop(p))
-            rows = range(p * self._num, (p + 1) * self._num)
+            rows = range(self._starts[p], self._starts[p + 1])
             asked = self._table.entropies if self._sampling.entropy else None
             tokens, logprobs, entropies = (
                 [[]] * len(rows) if part is None else part[rows.start : rows.stop].tolist()

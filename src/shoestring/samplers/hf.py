@@ -10,10 +10,10 @@ from torch import Tensor
 
 from shoestring.allocator import OutOfMemory, is_out_of_memory, shrinking
 from shoestring.config.settings import Settings
-from shoestring.model.draw import draw, entropy, noise
+from shoestring.model.draw import draw, entropy, request_noise
 from shoestring.model.sampling import Sampling
-from shoestring.samplers.base import Told
-from shoestring.types import Completion, Prompt
+from shoestring.samplers.base import RequestEngine, Told
+from shoestring.types import Completion, Prompt, Request
 
 if TYPE_CHECKING:
     from shoestring.model.policy import Policy
@@ -37,7 +37,7 @@ class HfSampler(Settings):
         return HfEngine(policy, wave_tokens)
 
 
-class HfEngine:
+class HfEngine(RequestEngine):
     def __init__(self, policy: Policy, wave_tokens: int | None = None):
         self._policy, self.wave_tokens = policy, wave_tokens
 
@@ -45,39 +45,34 @@ class HfEngine:
         self._policy = policy
 
     @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        num: int,
-        sampling: Sampling,
-        seed: int,
-        first: int = 0,
-        done: Told | None = None,
+    def sample_requests(  # type: ignore[override]
+        self, requests: Sequence[Request], *, sampling: Sampling, done: Told | None = None
     ) -> list[tuple[Completion, ...]]:
-        places = [(p, g) for p in range(len(prompts)) for g in range(num)]
+        prompts = [request.prompt for request in requests]
+        places = [(p, g) for p, request in enumerate(requests) for g in range(request.num)]
         if not places:
-            return []
+            return [() for _ in requests]
 
         def attempt(wave_tokens: int) -> dict[Place, Completion]:
             found: dict[Place, Completion] = {}
             for wave in self._waves(prompts, places, sampling, wave_tokens):
-                found.update(zip(wave, self._sample_wave(prompts, wave, sampling, seed, first), strict=True))
+                found.update(zip(wave, self._sample_wave(requests, wave, sampling), strict=True))
                 for p in dict.fromkeys(p for p, _ in wave):
-                    if done is not None and all((p, g) in found for g in range(num)):
-                        done(p, tuple(found[p, g] for g in range(num)))
+                    if done is not None and all((p, g) in found for g in range(requests[p].num)):
+                        done(p, tuple(found[p, g] for g in range(requests[p].num)))
             return found
 
         found = self._shrinking(attempt, prompts, places, sampling)
-        return [tuple(found[p, g] for g in range(num)) for p in range(len(prompts))]
+        return [tuple(found[p, g] for g in range(request.num)) for p, request in enumerate(requests)]
 
     @torch.no_grad()
     def rehearse(self, prompts: Sequence[Prompt], *, num: int, sampling: Sampling) -> None:
+        requests = [Request(prompt, num, (0, place)) for place, prompt in enumerate(prompts)]
         places = [(p, g) for p in range(len(prompts)) for g in range(num)]
 
         def attempt(wave_tokens: int) -> None:
             wave = self._waves(prompts, places, sampling, wave_tokens)[0]
-            self._sample_wave(prompts, wave, sampling, seed=0, first=0, rehearsal=True)
+            self._sample_wave(requests, wave, sampling, rehearsal=True)
 
         self._shrinking(attempt, prompts, places, sampling)
 
@@ -122,17 +117,15 @@ class HfEngine:
 
     def _sample_wave(
         self,
-        prompts: Sequence[Prompt],
+        requests: Sequence[Request],
         places: list[Place],
         sampling: Sampling,
-        seed: int,
-        first: int,
         rehearsal: bool = False,
     ) -> list[Completion]:
         """A rehearsal takes its first two tokens only, the second one at the last slot."""
-        policy = self._policy
+        policy, prompts = self._policy, [request.prompt for request in requests]
         limit = torch.tensor([added_tokens(prompts[p], sampling) for p, _ in places])
-        uniform = torch.stack([noise(seed, first + p, g, int(limit.max())) for p, g in places]).to(policy.device)
+        uniform = torch.stack([request_noise(requests[p], g, int(limit.max())) for p, g in places]).to(policy.device)
         logits, cache, mask, position = self._prefill(prompts, [p for p, _ in places], int(limit.max()))
         limit = limit.to(policy.device)
         ends = () if sampling.ignore_eos or rehearsal else policy.eos_ids
