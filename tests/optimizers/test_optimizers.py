@@ -233,6 +233,16 @@ def test_small_steps_of_bf16_weights_add_up(name: str) -> None:
     assert float((weight.detach().double() - start).mean()) == pytest.approx(-1e-4, rel=0.06)
 
 
+def test_a_weight_without_anything_in_its_state_is_put_back_so() -> None:
+    parameters = parameters_of("sgd")
+    optimizer = build_optimizer(parameters, settings("sgd", momentum=0.0))
+    step(parameters, optimizer, 1)
+    before = state_of(optimizer, parameters)
+    load_state(optimizer, parameters, *before)
+    assert state_of(optimizer, parameters) == before == ({}, before[1])
+    assert settings("sgd", momentum=0.0).state_bytes(sizes_of(parameters)) == 0
+
+
 @pytest.mark.parametrize("name", ["sgd", "lion"])
 def test_tiles_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, cut = parameters_of(name), parameters_of(name)
@@ -514,5 +524,5 @@ def test_the_plan_counts_the_state() -> None:
     held = {name: phases["adapter, gradient and optimizer"] for name, phases in peaks.items()}
     assert held["galore"] < held["adamw"]
     assert held["lion"] < held["adamw"]
-    told = {change.change for change in predict({**whole, "optim": "galore"}).alternatives}
-    assert 'adapter.name = "lora", optim.name = "adamw"' in told  # since GaLore is for whole weights
+    changes = {change.change for change in predict({**whole, "optim": "galore"}).alternatives}
+    assert 'adapter.name = "lora", optim.name = "adamw"' in changes  # since GaLore is for whole weights

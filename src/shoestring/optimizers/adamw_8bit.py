@@ -15,7 +15,7 @@ from shoestring.config.extras import need
 from shoestring.errors import ConfigError
 from shoestring.optimizers.base import OptimSettings, TrainedParameter, TrainedSizes
 
-# A quantised moment has an fp32 scale for so many values.
+# Values of a quantised moment that share one fp32 scale.
 _BLOCK = 256
 
 

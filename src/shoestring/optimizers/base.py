@@ -174,10 +174,12 @@ def load_state(
         for name in saved["params"]:
             parameter, counted_on_device = parameters[name], group.get("fused") or group.get("capturable")
             there = optimizer.state.get(parameter, {})
+            if name in values["state"]:
+                state[parameter] = {}
             for key, value in values["state"].get(name, {}).items():
                 host = on_host or (key == "step" and not counted_on_device)  # as torch has it
                 places = torch.device("cpu") if host else parameter.device, parameter.device
-                state.setdefault(parameter, {})[key] = _unpacked(value, there.get(key), tensors, places)
+                state[parameter][key] = _unpacked(value, there.get(key), tensors, places)
     for key, value in values["keyed"]:
         state[key] = _unpacked(value, optimizer.state.get(key), tensors)
     optimizer.state.clear()
