@@ -89,7 +89,7 @@ def rehearsed(values: dict[str, Any]) -> tuple[Clock, Plan]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with capped(device, None):
         policy = load_policy(config.model, adapter=config.adapter)
-        optimizer = build_optimizer(policy.trained().values(), config.optim)
+        optimizer = build_optimizer(policy.trained(), config.optim)
         ids = [16 + i % 9 for i in range(PROMPT)]
         asked = [Prompt(Problem(str(n), "", ""), tuple(ids[:n]), n) for n in (PROMPT, PROMPT - 9)]
         plan = budgets.planned(config, policy, asked[0])
@@ -104,17 +104,19 @@ def rehearsed(values: dict[str, Any]) -> tuple[Clock, Plan]:
             engine.rehearse(asked, num=num, sampling=sampling, trunk_layer=trunk)
             give_back(device)
 
-        def learn() -> None:
-            pieces.rehearse(policy, optimizer, asked[0], config, state.pieces, trunk)
+        def learn() -> object:
+            spare = pieces.rehearse(policy, optimizer, asked[0], config, state.pieces, trunk)
             give_back(device)
+            return spare
 
         learn()
         sample()  # captured steps stay, so what counts is the second time
         clock = Clock(device)
         with clock.phase("train"):
-            learn()
+            spare = learn()
         with clock.phase("sample"):
-            sample()
+            sample()  # with the state of `spare` in place
+        del spare
     return clock, plan
 
 

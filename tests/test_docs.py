@@ -15,6 +15,7 @@ from shoestring.adapters import ADAPTERS
 from shoestring.algorithms import ALGORITHMS
 from shoestring.cli.app import app
 from shoestring.config import run as configs
+from shoestring.optimizers import OPTIMIZERS
 from shoestring.tasks import TASKS
 from shoestring.tasks.base import SPLITS
 
@@ -79,7 +80,7 @@ def test_the_readme_names_every_table_entry() -> None:
     text = (ROOT / "README.md").read_text()
     for name in [*ALGORITHMS, *TASKS]:
         assert f"`{name}" in text, name
-    for name in ADAPTERS:
+    for name in [*ADAPTERS, *OPTIMIZERS]:
         assert f'"{name}"' in text, name
 
 

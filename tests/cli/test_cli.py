@@ -21,6 +21,7 @@ from shoestring.algorithms import ALGORITHMS
 from shoestring.cli import main as cli
 from shoestring.config import files as config_files
 from shoestring.config import run as configs
+from shoestring.optimizers import OPTIMIZERS
 from shoestring.run.sft import SftConfig
 from shoestring.samplers import SAMPLERS
 from shoestring.tasks import TASKS, gym
@@ -266,6 +267,7 @@ def test_help_lists_every_command_and_so_does_no_argument(shell: Shell) -> None:
 
 def test_list_prints_every_entry_of_every_table_with_a_line_about_it(shell: Shell) -> None:
     tables = {"tasks": TASKS, "algorithms": ALGORITHMS, "adapters": ADAPTERS, "samplers": SAMPLERS}
+    tables |= {"optimizers": OPTIMIZERS}
     whole = shell.fine("list")
     for name, table in tables.items():
         part = shell.fine("list", name)

@@ -163,7 +163,7 @@ def plain_work(shape: Shape, trained: Trained, dtype: torch.dtype, **changes: An
         group=4,
         padded=False,
         gpu=False,
-        state=8,
+        state=8 * trained.parameters,
     )
     return replace(work, **changes)
 
@@ -442,7 +442,7 @@ def test_the_cache_takes_what_the_plan_says(lengths: tuple[int, ...], dtype: str
 def test_the_weights_take_what_the_plan_says(dtype: str) -> None:
     policy, work = built(3, ALL, DTYPES[dtype])
     trained = sum(p.nbytes for p in policy.trained().values())
-    assert trained == footprint.held(replace(work, state=0.0))
+    assert trained == footprint.held(replace(work, state=0))
     assert sum(p.nbytes for p in policy.base.parameters()) - trained == footprint.weights(work)
 
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shoestring import ConfigError, DataError, load_policy, train
 from shoestring.adapters import ADAPTERS
 from shoestring.algorithms import ALGORITHMS
-from shoestring.config.run import OptimSettings
 from shoestring.model.load import ModelSettings, Source, load, locate, models_folder, pick_device, torch_dtype
 from shoestring.model.policy import Policy
 from shoestring.objectives.loss import Objective
+from shoestring.optimizers.adamw import AdamW
 from shoestring.rollout.rollout import encode
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.tasks.multiplication import Multiplication
@@ -322,7 +322,7 @@ def test_the_gradient_on_a_short_base_is_near_the_one_in_fp32(dtype: str) -> Non
     batches = collate(groups, [algorithm.credit(group, torch.Generator().manual_seed(0)) for group in groups])
 
     def norm(policy: Policy) -> float:
-        optimizer = build_optimizer(policy.trained().values(), OptimSettings())
+        optimizer = build_optimizer(policy.trained(), AdamW())
         objective = Objective(**algorithm.objective._asdict())
         report = update(policy, optimizer, batches, objective, temperature=1.0, max_grad_norm=1.0, checkpointing=False)
         assert report.applied

@@ -18,6 +18,7 @@ from shoestring.model.logit_transforms import POST_HEAD
 from shoestring.model.policy import Policy
 from shoestring.model.structure import decoder_layers
 from shoestring.objectives.loss import Objective
+from shoestring.optimizers.adamw import AdamW
 from shoestring.run.loading import load_policy
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.training.batch import collate
@@ -156,7 +157,7 @@ def test_adapter_off_is_the_base_model_bit_for_bit_after_training() -> None:
     groups = sampled_groups(policy)
     batches = batches_of(groups)
     before = base_hash(policy)
-    optimizer = build_optimizer(policy.trained().values(), Settings())
+    optimizer = build_optimizer(policy.trained(), AdamW(lr=1e-2))
     for _ in range(3):
         report = update(policy, optimizer, batches, OBJECTIVE, temperature=1.0, max_grad_norm=1.0, checkpointing=False)
         assert report.applied
@@ -165,12 +166,6 @@ def test_adapter_off_is_the_base_model_bit_for_bit_after_training() -> None:
     with policy.reference():
         assert torch.equal(policy.base(input_ids=ids).logits, bare(input_ids=ids).logits)
     assert base_hash(policy) == before
-
-
-class Settings:
-    """Stands for [optim]."""
-
-    name, lr, betas, eps, weight_decay = "adamw", 1e-2, (0.9, 0.99), 1e-8, 0.0
 
 
 def base_hash(policy: Policy) -> str:

@@ -7,8 +7,8 @@ import torch
 from tests.model.test_policy import batches_of, sampled_groups
 from torch import nn
 
-from shoestring.config.run import OptimSettings
 from shoestring.objectives.loss import Objective
+from shoestring.optimizers.adamw import AdamW
 from shoestring.training.update import clip_gradient, learning_rate, update
 from tiny import FAMILIES, random_policy
 
@@ -53,11 +53,11 @@ def test_padding_masks_no_row_whole(family: str, attention: str) -> None:
 
 
 def test_the_rate_rises_then_follows_its_schedule() -> None:
-    constant = OptimSettings(lr=1.0, warmup_steps=4)
+    constant = AdamW(lr=1.0, warmup_steps=4)
     assert [learning_rate(s, 10, constant) for s in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1.0, 1.0, 1.0]
-    linear = OptimSettings(lr=1.0, warmup_steps=0, schedule="linear")
+    linear = AdamW(lr=1.0, warmup_steps=0, schedule="linear")
     assert [learning_rate(s, 4, linear) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
-    cosine = OptimSettings(lr=1.0, warmup_steps=0, schedule="cosine")
+    cosine = AdamW(lr=1.0, warmup_steps=0, schedule="cosine")
     assert [round(learning_rate(s, 4, cosine), 4) for s in range(4)] == [1.0, 0.8536, 0.5, 0.1464]
 
 

@@ -11,9 +11,18 @@ from typing import Any
 
 from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
+from shoestring.optimizers import OPTIMIZERS
+from shoestring.optimizers.base import OptimSettings
 
 # The entry that a table without `name` holds settings of.
-DEFAULTS = {"task": "multiplication", "algorithm": "s-grpo", "adapter": "lora", "sampler": "auto", "tracking": "none"}
+DEFAULTS = {
+    "task": "multiplication",
+    "algorithm": "s-grpo",
+    "adapter": "lora",
+    "sampler": "auto",
+    "optim": "adamw",
+    "tracking": "none",
+}
 
 
 def read(recipe: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -46,7 +55,8 @@ def is_named(key: str) -> bool:
 def overridden(values: Mapping[str, Any], text: str) -> dict[str, Any]:
     """A nested mapping with `a.b.c=value` set in it. The value is read as TOML; what is not TOML is a string.
 
-    A new `name` starts its table afresh, since the settings of one algorithm or task are not those of another.
+    A new `name` starts its table afresh, since the settings of one algorithm or task are not those of another. An
+    optimizer keeps the settings that the old one shares with it.
     `algorithm=grpo` is short for `algorithm.name=grpo`, and so with the others that have names.
     """
     key, equals, raw = text.partition("=")
@@ -67,11 +77,19 @@ def overridden(values: Mapping[str, Any], text: str) -> dict[str, Any]:
         if not isinstance(inner, dict):
             raise ConfigError(f'the override is "{text}"', f"{part} is not a table", "write a key of a table")
         table = inner
-    fresh = last == "name" and len(parents) == 1 and parents != ["optim"]  # the optimizers share their settings
-    if fresh and table.get("name", DEFAULTS.get(parents[0], value)) != value:
+    before = table.get("name", DEFAULTS.get(parents[0], value)) if last == "name" and len(parents) == 1 else value
+    if before != value:
+        kept = _shared(table, before, value) if parents == ["optim"] else {}
         table.clear()
+        table.update(kept)
     table[last] = value
     return changed
+
+
+def _shared(table: Mapping[str, Any], before: Any, name: Any) -> dict[str, Any]:
+    """An optimizer's settings that another one has too; of a class from outside only the common ones are known."""
+    old, new = (OPTIMIZERS.get(str(each), OptimSettings).model_fields for each in (before, name))
+    return {key: value for key, value in table.items() if key in new or key not in old}
 
 
 def parsed(raw: str) -> Any:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from shoestring.adapters import ADAPTERS
 from shoestring.algorithms import ALGORITHMS
@@ -19,6 +19,8 @@ from shoestring.config.sizes import checked_size
 from shoestring.errors import ConfigError
 from shoestring.model.load import ModelSettings
 from shoestring.objectives.loss import Objective
+from shoestring.optimizers import OPTIMIZERS
+from shoestring.optimizers.base import OptimSettings
 from shoestring.rewards.settings import RewardSettings
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.tasks import TASKS
@@ -26,25 +28,13 @@ from shoestring.tasks.base import has_answers, parts
 from shoestring.trackers import TRACKERS
 
 
-class OptimSettings(Settings):
-    """AdamW (arXiv 1711.05101) over the trained weights."""
-
-    name: Literal["adamw", "adamw-8bit", "adamw-cpu"] = "adamw"
-    """Where its state lies: in fp32 beside the weights, in 8 bits (needs the extra `full`), or in the host's memory."""
-    lr: float = Field(default=3e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    warmup_steps: int = Field(default=5, ge=0)
-    """Steps over which the rate rises linearly to `lr`."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the rate does after that; the last two end at 0 with the run."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-
-
 def named_model(value: Any) -> Any:
     """`model = "x"` is short for a table with that name."""
     return {"name": value} if isinstance(value, str | os.PathLike) else value
+
+
+# Printed with the settings of the entry that it is.
+Optim = Annotated[SerializeAsAny[OptimSettings], BeforeValidator(partial(pick, OPTIMIZERS, "optim", default="adamw"))]
 
 
 class RunConfig(Settings):
@@ -66,7 +56,7 @@ class RunConfig(Settings):
         default={"name": "auto"}
     )
     sampling: Sampling = Sampling()
-    optim: OptimSettings = OptimSettings()
+    optim: Optim = Field(default={"name": "adamw"})  # type: ignore[assignment]
     rewards: RewardSettings = RewardSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     execution: ExecutionSettings = ExecutionSettings()
@@ -142,6 +132,7 @@ class RunConfig(Settings):
             raise ConfigError(
                 "sampling.entropy is true", "the algorithm says whether entropies are needed", "leave it out"
             )
+        self.optim.check_trained(whole=self.adapter.name == "none")
         if self.adapter.name == "none":
             self._suits_training_all_weights()
         return self

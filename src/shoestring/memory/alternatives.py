@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from shoestring.config import run as configs
 from shoestring.config.files import overridden
 from shoestring.config.run import RunConfig
+from shoestring.errors import ConfigError
 from shoestring.memory import footprint
 from shoestring.memory.footprint import Work
 from shoestring.memory.sizes import Sizes, _least_budget, _peak
@@ -50,7 +51,7 @@ def _changes(config: RunConfig, work: Work, sizes: Sizes) -> Iterator[tuple[list
     if hasattr(adapter, "layers") and kept > 1:
         yield ['adapter.layers = "last-third"' if kept > third else f"adapter.layers = {kept // 2}"], "", sizes
     if whole:
-        yield ['adapter.name = "lora"'], "", sizes
+        yield ['adapter.name = "lora"', *([] if _takes_an_adapter(config) else ['optim.name = "adamw"'])], "", sizes
     if config.optim.name == "adamw":
         yield ['optim.name = "adamw-8bit"' if whole else 'optim.name = "adamw-cpu"'], "", sizes
     if sizes.wave_rows > 1:
@@ -69,3 +70,12 @@ def _changes(config: RunConfig, work: Work, sizes: Sizes) -> Iterator[tuple[list
         yield [f"sampling.max_prompt_tokens = {work.prompt // 2}", *more], "", sizes
     if getattr(adapter, "rank", 1) > 1:
         yield [f"adapter.rank = {adapter.rank // 2}"], "", sizes
+
+
+def _takes_an_adapter(config: RunConfig) -> bool:
+    """Whether the optimizer is made for an adapter's weights too."""
+    try:
+        config.optim.check_trained(whole=False)
+    except ConfigError:
+        return False
+    return True

@@ -49,8 +49,8 @@ class Work:
     padded: bool
     """Prompts may differ in length, so that attention needs a mask while sampling."""
     gpu: bool
-    state: float
-    """Bytes of optimizer state for each trained parameter."""
+    state: int
+    """Bytes of optimizer state."""
     eager: int = 0
     """Attention that is written out: bytes that it keeps of each pair of tokens and head."""
     step_temporaries: int = 0
@@ -98,7 +98,7 @@ def weights(work: Work) -> int:
 def held(work: Work) -> int:
     """Trained weights beside the base model, and the optimizer's state."""
     own = 0 if work.trained.whole else 4 * work.trained.parameters
-    return own + int(work.state * work.trained.parameters)
+    return own + work.state
 
 
 def gradient(work: Work) -> int:

@@ -8,7 +8,7 @@ from shoestring.memory.footprint import Work
 from shoestring.model.fast.decoder import MODELS
 from shoestring.model.shapes import FAMILIES, Shape
 from shoestring.model.trees import TREE_MODELS
-from shoestring.training.update import state_bytes
+from shoestring.optimizers.base import TrainedSizes
 
 
 def on_gpu(config: RunConfig) -> bool:
@@ -24,6 +24,7 @@ def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
     dtype = config.model.dtype
     itemsize = {"bf16": 2, "fp16": 2, "fp32": 4}.get(dtype, 2 if gpu else 4)
     trained = config.adapter.trained(shape)
+    sizes = trained_sizes(shape, trained, itemsize, gpu=gpu)
     sampling = config.drawing
     fast = not config.execution.plain and config.model.attn_implementation != "eager"
     reference = "none" if not config.objective.beta else "copy" if trained.whole else "adapter"
@@ -41,8 +42,8 @@ def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
         padded=sampling.num_prompts > 1,
         gpu=gpu,
         eager=8 if FAMILIES[shape.family].eager else 6 if config.model.attn_implementation == "eager" else 0,
-        state=state_bytes(config.optim),
-        step_temporaries=_step_temporaries(config, shape, trained, gpu),
+        state=config.optim.state_bytes(sizes),
+        step_temporaries=config.optim.step_bytes(sizes),
         reference=reference,
         graph=config.sampler.name in ("auto", "graph") and shape.family in MODELS,
         filtered=bool(config.eval_every or sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.entropy),
@@ -70,8 +71,14 @@ def _trunk_rows(config: RunConfig, shape: Shape, trained: Trained) -> int:
     return config.sampling.most_prompts * config.sampling.num_completions
 
 
-def _step_temporaries(config: RunConfig, shape: Shape, trained: Trained, gpu: bool) -> int:
-    """Bytes that an optimizer step takes for its while: torch's fused AdamW none, torchao's those of a whole weight."""
-    if config.optim.name == "adamw-8bit":
-        return 8 * (shape.embedding if trained.whole else max(trained.layer_parameters, 1))
-    return 2**25 if trained.whole and gpu else 0
+def trained_sizes(shape: Shape, trained: Trained, itemsize: int, *, gpu: bool) -> TrainedSizes:
+    """The sizes of what is trained. Of an adapter the plan knows how many parameters a layer has, not how many matrices
+    they are in."""
+    if not trained.whole:
+        layers = [(trained.layer_parameters,)] * trained.adapted_layers
+        rest = trained.parameters - trained.layer_parameters * trained.adapted_layers
+        return TrainedSizes((), (*layers, (rest,)), 4, whole=False, gpu=gpu)
+    matrices = [(linear.outputs, linear.inputs) for linear in shape.linears] * shape.layers
+    vocabulary = [(size // shape.hidden, shape.hidden) for size in (shape.embedding, shape.head) if size]
+    rest = trained.parameters - sum(rows * columns for rows, columns in (*matrices, *vocabulary))
+    return TrainedSizes(tuple(matrices), (*vocabulary, (rest,)), itemsize, whole=True, gpu=gpu)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shoestring.errors import ConfigError
-from shoestring.optimizers.base import moments, set_learning_rate
+from shoestring.optimizers.base import load_state, state_of
 from shoestring.run.folder import remove_folder, replace_folder
 from shoestring.training.micro_batching import Pieces
 from shoestring.types import Problem, Prompt
@@ -61,9 +61,11 @@ def save(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.
         return target
 
     def write(draft: Path) -> None:
-        for name, tensors in (("weights", parameters), ("optimizer", moments(parameters, optimizer))):
+        moments, others = state_of(optimizer, parameters)
+        for name, tensors in (("weights", parameters), ("optimizer", moments)):
             plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
             save_file(plain, draft / f"{name}.safetensors")
+        (draft / "optimizer.json").write_text(json.dumps(others), encoding="utf-8")
         (draft / "state.json").write_text(values, encoding="utf-8")
 
     replace_folder(target, write)
@@ -128,12 +130,12 @@ def restore(
     `problems`; raises `ConfigError` if a file cannot be read."""
     with _read_from(path):
         own, weights = (load_file(path / f"{name}.safetensors") for name in ("optimizer", "weights"))
-        values: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        values, others = (json.loads((path / f"{n}.json").read_text(encoding="utf-8")) for n in ("state", "optimizer"))
         records = {"replays": _prompts(values["replays"], problems, path), "pieces": Pieces(**values["pieces"])}
         state = State(**{**values, **records})
-    _make_moments({name.rpartition(":")[0] for name in own}, parameters, optimizer)
     _fill(parameters, weights, path)
-    _fill(moments(parameters, optimizer), own, path)
+    with _read_from(path):
+        load_state(optimizer, parameters, own, others)
     return state
 
 
@@ -186,21 +188,6 @@ def _prompts(values: Sequence[Mapping[str, Any]], problems: Sequence[Problem], p
             )
         prompts.append(Prompt(problem, tuple(value["token_ids"]), value["answer_start"]))
     return prompts
-
-
-def _make_moments(
-    names: Iterable[str], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
-    """Has the optimizer make its state for the named parameters: each knows the type and the place of its own.
-
-    It does that in its first step. This one has no gradient and no rate.
-    """
-    for name in names:
-        if name in parameters:
-            parameters[name].grad = torch.zeros_like(parameters[name])
-    set_learning_rate(optimizer, 0.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def _fill(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], path: Path) -> None:

@@ -160,12 +160,13 @@ def rehearse(session: Session, state: State, longest: Prompt) -> None:
     config, sampling = session.config, session.config.drawing
     if session.policy.device.type != "cuda" and config.memory is None:
         return
-    pieces.rehearse(session.policy, session.optimizer, longest, config, state.pieces, session.trunk_layer)
+    spare = pieces.rehearse(session.policy, session.optimizer, longest, config, state.pieces, session.trunk_layer)
     give_back(session.policy.device)
     shorter = Prompt(longest.problem, longest.token_ids[1:] or longest.token_ids, longest.answer_start - 1)
     prompts = [longest, *[shorter] * (sampling.num_prompts - 1)]  # of two lengths, so that attention needs its mask
     keeping: dict[str, Any] = {} if session.trunk_layer is None else {"trunk_layer": session.trunk_layer}
     session.engine.rehearse(prompts, num=sampling.num_completions, sampling=sampling, **keeping)
+    del spare  # until here its state took the place of the optimizer's
     give_back(session.policy.device)
 
 

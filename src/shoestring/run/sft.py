@@ -19,13 +19,14 @@ from pydantic import BeforeValidator, Field
 from rich.console import Console
 
 from shoestring.adapters import ADAPTERS
-from shoestring.config.run import OptimSettings, named_model
+from shoestring.config.run import Optim, named_model
 from shoestring.config.sections import ExecutionSettings
 from shoestring.config.settings import Settings, build, pick
 from shoestring.errors import ConfigError, DataError
 from shoestring.model import load as models
-from shoestring.model.load import ModelSettings
+from shoestring.model.load import ModelSettings, pick_device
 from shoestring.model.policy import Policy, to_device
+from shoestring.optimizers.adamw import AdamW
 from shoestring.optimizers.base import set_learning_rate
 from shoestring.records import reporter as report
 from shoestring.records.environment import command, quoted
@@ -38,7 +39,7 @@ from shoestring.tasks import TASKS
 from shoestring.tasks.file import File
 from shoestring.training.batch import cut_rows, pad_rows
 from shoestring.training.micro_batching import Pieces
-from shoestring.training.update import build_optimizer, check_optimizer, clip_gradient, learning_rate, take_gradient
+from shoestring.training.update import build_optimizer, clip_gradient, learning_rate, take_gradient
 from shoestring.types import Problem, Row
 
 
@@ -54,7 +55,7 @@ class SftConfig(Settings):
     )
     """"none" trains all weights, in fp32 (with bf16 arithmetic on a GPU); an adapter is merged into the model at the
     end."""
-    optim: OptimSettings = OptimSettings(lr=2e-5, betas=(0.9, 0.95), schedule="cosine")
+    optim: Optim = AdamW(lr=2e-5, betas=(0.9, 0.95), schedule="cosine")
     epochs: float = Field(default=2.0, gt=0)
     batch_size: int = Field(default=32, ge=1)
     """Problems in an optimizer step."""
@@ -84,7 +85,8 @@ def sft(config: SftConfig | Mapping[str, Any] | None = None, *, resume: str | Pa
     else:
         config = resumed(Path(resume), config)
     folder, console = Path(config.out), Console(soft_wrap=True)
-    check_optimizer(config.optim, config.execution.device)
+    config.optim.check(pick_device(config.execution.device))
+    config.optim.check_trained(whole=config.adapter.name == "none")
     problems, unsolved = _problems(config)
     torch.manual_seed(config.seed)
     policy = _load(config)
@@ -175,7 +177,7 @@ def _train(
     policy: Policy, config: SftConfig, rows: list[Row], folder: Path, console: Console, stopped: Sequence[int]
 ) -> list[float]:
     """The steps that are left, until the last or a signal, then the model's folder; the loss of each step."""
-    optimizer = build_optimizer(policy.trained().values(), config.optim)
+    optimizer = build_optimizer(policy.trained(), config.optim)
     last = checkpoint.latest(folder)
     state = checkpoint.restore(last, policy.trained(), optimizer) if last else checkpoint.State()
     report.cut_logs(folder, state.step)

@@ -17,10 +17,9 @@ from shoestring.config.sizes import size_text
 from shoestring.model.policy import Policy
 from shoestring.model.sampling import Sampling
 from shoestring.model.trees import cost, cut_tree, pack_rows
-from shoestring.optimizers.adamw import takes_no_memory
-from shoestring.optimizers.base import moments, set_learning_rate
+from shoestring.optimizers.base import load_state, set_learning_rate, state_of
 from shoestring.training.batch import cut_rows, pad_rows, training_rows
-from shoestring.training.update import UpdateReport, backward, update
+from shoestring.training.update import UpdateReport, backward, build_optimizer, update
 from shoestring.types import Batch, Credit, Group, Prompt, Row, Trunk
 
 T = TypeVar("T")
@@ -43,18 +42,19 @@ class Snapshot:
     optimizer: torch.optim.Optimizer
     begun: list[bool] = field(default_factory=list)
     _weights: dict[str, Tensor] = field(default_factory=dict)
-    _moments: dict[str, Tensor] = field(default_factory=dict)
+    _state: dict[str, Tensor] = field(default_factory=dict)
+    _values: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     @contextmanager
-    def taken(cls, policy: Policy, optimizer: torch.optim.Optimizer, updates: int) -> Iterator[Snapshot]:
-        """For so many optimizer steps, each behind a backward pass."""
+    def taken(cls, policy: Policy, optimizer: torch.optim.Optimizer, *, copied: bool) -> Iterator[Snapshot]:
+        """For optimizer steps, each behind a backward pass; `copied` unless they take no memory."""
         parameters = policy.trained()
         own = cls(parameters, optimizer)
-        if updates > 1 or not takes_no_memory(optimizer):
-            state = moments(parameters, optimizer)
+        if copied:
+            state, values = state_of(optimizer, parameters)
             if sum(t.nbytes for t in (*parameters.values(), *state.values())) <= _COPIED:
-                own._weights, own._moments = _on_host(parameters), _on_host(state)
+                own._weights, own._state, own._values = _on_host(parameters), _on_host(state), values
         handle = optimizer.register_step_pre_hook(lambda *_: own.begun.append(True))
         try:
             yield own
@@ -76,11 +76,7 @@ class Snapshot:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self._weights[name])
-            now = moments(self.parameters, self.optimizer)
-            if not self._moments:
-                self.optimizer.state.clear()
-            for name, value in self._moments.items():
-                now[name].copy_(value)
+        load_state(self.optimizer, self.parameters, self._state, self._values)
         self.begun.clear()
 
 
@@ -111,7 +107,8 @@ def train_in_pieces(
         return UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False), batches
     longest = max(len(row.token_ids) for row in rows)
     most = sum(size(batch) for batch in batches)
-    with Snapshot.taken(policy, optimizer, config.objective.updates) as before:
+    copied = config.objective.updates > 1 or not config.optim.takes_no_memory(optimizer)
+    with Snapshot.taken(policy, optimizer, copied=copied) as before:
 
         def attempt(max_tokens: int) -> tuple[UpdateReport, list[Batch]]:
             torch.manual_seed(seed)  # rounding by chance draws from torch's own generators
@@ -136,38 +133,66 @@ def rehearse(
     config: RunConfig,
     pieces: Pieces,
     trunk_layer: int | None = None,
-) -> None:
-    """The largest micro-batch that a step can have, forward, backward and through an optimizer step of rate 0 with no
-    gradient: it takes all the memory that training takes, and changes no weight, no moment and no random state. The
-    optimizer's state stays, since sampling has to fit beside it."""
+) -> torch.optim.Optimizer | None:
+    """An optimizer step, and the largest micro-batch that a step can have forward and backward: it takes all the memory
+    that training takes, and changes no weight, no state and no random number.
 
-    fresh = not optimizer.state
+    An optimizer that has no state yet is left alone: a throw-away one takes the step, and is returned. Keep it while
+    sampling is rehearsed, which has to fit next to its state.
+    """
+    parameters = policy.trained()
+    spare = None if optimizer.state else Spare(parameters, config)
 
     def attempt(max_tokens: int) -> None:
+        if spare:
+            spare.step()
         batch = worst_batch(prompt, config, max_tokens, policy, trunk_layer)
         if len(batch.problem_ids) < config.sampling.num_prompts * config.sampling.num_completions:
-            for parameter in policy.trained().values():  # as from the micro-batches before
+            for parameter in parameters.values():  # as from the micro-batches before
                 parameter.grad = torch.zeros_like(parameter)
         backward(policy, [batch], 0, [None], config.objective, config.sampling.temperature, pieces.checkpointing)
-        for parameter in policy.trained().values():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-        if fresh:
-            set_learning_rate(optimizer, 0.0)
-            optimizer.step()
-            for made in optimizer.state.values():  # all of it is 0 but this
-                made["step"].zero_()
         optimizer.zero_grad(set_to_none=True)
 
     def undo() -> None:
         optimizer.zero_grad(set_to_none=True)
-        if fresh:
-            optimizer.state.clear()
+        if spare:
+            spare.undo()
 
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         longest = len(prompt.token_ids) + config.sampling.max_new_tokens - 1
         _fitted(attempt, pieces, longest, config.sampling.num_prompts * config.sampling.num_completions * longest, undo)
+    return spare.optimizer if spare else None
+
+
+class Spare:
+    """A throw-away optimizer of the trained weights, which stay as they are."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: RunConfig):
+        self._parameters, self._config = parameters, config
+        self._weights: dict[str, Tensor] = {}
+        self.optimizer = build_optimizer(parameters, config.optim)
+
+    def step(self) -> None:
+        """One step of rate 0 along a gradient that is nowhere 0."""
+        self._weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters.items()}
+        for parameter in self._parameters.values():
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        set_learning_rate(self.optimizer, 0.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._put_back()
+
+    def undo(self) -> None:
+        """Put the weights back and drop the state."""
+        self._put_back()
+        self.optimizer = build_optimizer(self._parameters, self._config.optim)
+
+    def _put_back(self) -> None:
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                self._parameters[name].copy_(weight)
+        self._weights = {}
 
 
 def worst_batch(

@@ -3,56 +3,26 @@ finite."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import shutil
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from shoestring.config.extras import need
-from shoestring.errors import ConfigError
-from shoestring.model.load import pick_device
 from shoestring.model.policy import Policy, to_device
 from shoestring.objectives.loss import Objective, l2_loss, objective_loss
-from shoestring.optimizers.adamw import OPTIMIZERS
+from shoestring.optimizers.base import OptimSettings, trained_parameters
 from shoestring.training.batch import single_rows
 from shoestring.types import Batch
-
-if TYPE_CHECKING:
-    from shoestring.config.run import OptimSettings
 
 # Gradients of activations in fp16 underflow below 6e-8; the loss is scaled up by this, and the gradient down again.
 _FP16_SCALE = 2.0**10
 
 
-def check_optimizer(settings: OptimSettings, device_name: str = "auto") -> None:
-    """Raises `ConfigError` if what the optimizer needs is not installed; to be called before the model loads."""
-    if settings.name != "adamw-8bit":
-        return
-    given = 'optim.name is "adamw-8bit"'
-    need("torchao", "full", given)
-    if pick_device(device_name).type == "cuda":  # where torchao compiles it
-        if importlib.util.find_spec("triton") is None:
-            raise ConfigError(
-                given, "on a GPU that needs the package triton", 'run: pip install triton, or use "adamw"'
-            )
-        if not any(map(shutil.which, ("cc", "gcc", "clang"))):
-            raise ConfigError(given, "on a GPU that needs a C compiler", 'install gcc, or use "adamw"')
-
-
-def state_bytes(settings: OptimSettings) -> float:
-    """Bytes of optimizer state that lie on the device for each trained weight. (In 8 bits that holds for weights of a
-    multiple of 256 values, 4096 or more; "adamw-cpu" takes 12 on the host.)"""
-    return {"adamw": 8.0, "adamw-8bit": 2 + 2 * 4 / 256, "adamw-cpu": 0.0}[settings.name]
-
-
-def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
-    return OPTIMIZERS[settings.name](
-        list(parameters), lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-    )
+def build_optimizer(parameters: Mapping[str, nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
+    """The optimizer of the trained parameters, given by name."""
+    return settings.build(trained_parameters(parameters))
 
 
 def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
