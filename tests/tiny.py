@@ -64,18 +64,20 @@ def random_model(
 def random_policy(
     family: str = "qwen2", *, adapter: dict[str, Any] | None = None, seed: int = 0, **options: Any
 ) -> Policy:
-    """A policy over a random model with a LoRA adapter whose B is random too, so that it does something."""
+    """A policy over a random model with an adapter (LoRA unless named) whose weights are random, so that it does
+    something."""
     base = random_model(family, seed, **options)
     base.requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    adapted = ADAPTERS["lora"](rank=4, **(adapter or {})).attach(base)
-    adapted.eval()
+    given = {"name": "lora", "rank": 4, **(adapter or {})}
+    handle = ADAPTERS[given["name"]](**given).attach(base, seed)
+    handle.model.eval()
     torch.manual_seed(seed + 1)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
+        for name, parameter in handle.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.2)
-    return Policy(base, tokenizer, adapted, family)
+    return Policy(base, tokenizer, handle, family)
 
 
 def prompt(length: int, seed: int = 0, prefix: int = 0) -> Prompt:

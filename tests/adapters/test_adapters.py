@@ -30,7 +30,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def attached(name: str, family: str = "qwen2", **settings: Any) -> nn.Module:
-    return ADAPTERS[name](**settings).attach(random_model(family)).eval()
+    return ADAPTERS[name](**settings).attach(random_model(family), 0).model.eval()
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -69,7 +69,7 @@ def test_a_fresh_adapter_changes_nothing_at_all(name: str, family: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_fresh_adapter_changes_nothing_at_all_on_a_short_base(name: str, dtype: torch.dtype) -> None:
-    adapted = ADAPTERS[name]().attach(random_model(dtype=dtype)).eval()
+    adapted = ADAPTERS[name]().attach(random_model(dtype=dtype), 0).model.eval()
     assert torch.equal(logits(adapted), logits(random_model(dtype=dtype)))
 
 
@@ -78,7 +78,7 @@ def test_a_fresh_adapter_changes_nothing_at_all_on_a_short_base(name: str, dtype
 def test_only_the_adapters_own_weights_are_trained(name: str, family: str) -> None:
     base = random_model(family)
     own = {id(p) for p in base.parameters()}
-    adapted = ADAPTERS[name]().attach(base)
+    adapted = ADAPTERS[name]().attach(base, 0).model
     assert trained(adapted)
     assert all((id(p) in own) != p.requires_grad for p in adapted.parameters())
     assert own <= {id(p) for p in adapted.parameters()}  # one copy of the base, and it is the one that was given
@@ -87,7 +87,7 @@ def test_only_the_adapters_own_weights_are_trained(name: str, family: str) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", BESIDE)
 def test_adapter_weights_are_fp32_whatever_the_base(name: str, dtype: torch.dtype) -> None:
-    adapted = ADAPTERS[name]().attach(random_model(dtype=dtype)).eval()
+    adapted = ADAPTERS[name]().attach(random_model(dtype=dtype), 0).model.eval()
     assert {p.dtype for p in trained(adapted).values()} == {torch.float32}
     assert {p.dtype for p in adapted.parameters() if not p.requires_grad} == {dtype}
     adapted(input_ids=IDS).logits.float().logsumexp(-1).sum().backward()
@@ -100,7 +100,7 @@ def test_adapter_weights_are_fp32_whatever_the_base(name: str, dtype: torch.dtyp
 @pytest.mark.parametrize("name", BESIDE)
 def test_saved_weights_load_with_plain_peft(name: str, family: str) -> None:
     random_model(family).save_pretrained("base")
-    adapted = ADAPTERS[name]().attach(AutoModelForCausalLM.from_pretrained("base")).eval()
+    adapted = ADAPTERS[name]().attach(AutoModelForCausalLM.from_pretrained("base"), 0).model.eval()
     disturb(adapted)
     adapted.save_pretrained("adapter")
     with quiet_peft():
@@ -125,9 +125,7 @@ def test_switched_off_it_is_the_base(name: str, family: str) -> None:
 @pytest.mark.parametrize("name", BESIDE)
 def test_the_same_seed_gives_the_same_first_weights(name: str) -> None:
     def weights(seed: int) -> list[torch.Tensor]:
-        base = random_model()
-        torch.manual_seed(seed)
-        return list(trained(ADAPTERS[name]().attach(base)).values())
+        return list(trained(ADAPTERS[name]().attach(random_model(), seed).model).values())
 
     first, again, other = weights(3), weights(3), weights(4)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

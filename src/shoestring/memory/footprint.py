@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from shoestring.adapters.base import Trained
+from shoestring.adapters.base import AdapterCost
 from shoestring.model.draw import DRAW_TILE
 from shoestring.model.fast.decoder import PRODUCTS
 from shoestring.model.shapes import FAMILIES, Shape
@@ -34,7 +34,7 @@ class Work:
     """One step's sizes, and how it is carried out."""
 
     shape: Shape
-    trained: Trained
+    trained: AdapterCost
     itemsize: int
     nf4: bool
     prompt: int
@@ -97,12 +97,12 @@ def weights(work: Work) -> int:
 
 def held(work: Work) -> int:
     """Trained weights beside the base model, and the optimizer's state."""
-    own = 0 if work.trained.whole else 4 * work.trained.parameters
-    return own + int(work.state * work.trained.parameters)
+    own = 0 if work.trained.whole else work.trained.trained(work.itemsize)
+    return own + work.trained.frozen(work.itemsize) + int(work.state * work.trained.parameters)
 
 
 def gradient(work: Work) -> int:
-    return work.trained.parameters * (work.itemsize if work.trained.whole else 4)
+    return work.trained.trained(work.itemsize)
 
 
 def workspace(work: Work) -> int:

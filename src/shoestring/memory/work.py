@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoestring.adapters.base import Trained
+from shoestring.adapters.base import AdapterCost
 from shoestring.config.run import RunConfig
 from shoestring.memory.footprint import Work
 from shoestring.model.fast.decoder import MODELS
@@ -23,7 +23,7 @@ def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
     """A config's step, in the terms of the formulas."""
     dtype = config.model.dtype
     itemsize = {"bf16": 2, "fp16": 2, "fp32": 4}.get(dtype, 2 if gpu else 4)
-    trained = config.adapter.trained(shape)
+    trained = config.adapter.cost(shape)
     sampling = config.drawing
     fast = not config.execution.plain and config.model.attn_implementation != "eager"
     reference = "none" if not config.objective.beta else "copy" if trained.whole else "adapter"
@@ -62,7 +62,7 @@ def _has_flash() -> bool:
     return not torch.cuda.is_available() or has_flash(torch.device("cuda"), torch.bfloat16)
 
 
-def _trunk_rows(config: RunConfig, shape: Shape, trained: Trained) -> int:
+def _trunk_rows(config: RunConfig, shape: Shape, trained: AdapterCost) -> int:
     """Completions whose residual stream in front of the first trained layer may be kept for training."""
     known = shape.family in MODELS and config.sampler.name in ("auto", "graph") and not config.execution.plain
     if not known or trained.whole or trained.first_layer == 0 or config.execution.trunk_cache is False:
@@ -70,7 +70,7 @@ def _trunk_rows(config: RunConfig, shape: Shape, trained: Trained) -> int:
     return config.sampling.most_prompts * config.sampling.num_completions
 
 
-def _step_temporaries(config: RunConfig, shape: Shape, trained: Trained, gpu: bool) -> int:
+def _step_temporaries(config: RunConfig, shape: Shape, trained: AdapterCost, gpu: bool) -> int:
     """Bytes that an optimizer step takes for its while: torch's fused AdamW none, torchao's those of a whole weight."""
     if config.optim.name == "adamw-8bit":
         return 8 * (shape.embedding if trained.whole else max(trained.layer_parameters, 1))

@@ -84,6 +84,7 @@ def loaded(config: RunConfig) -> Policy:
         policy = load_policy(
             config.model,
             adapter=config.adapter,
+            seed=config.seed,
             keep_reference=config.objective.beta > 0,
             device=config.execution.device,
         )

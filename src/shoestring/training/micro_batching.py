@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shoestring.allocator import OutOfMemory, is_out_of_memory, shrinking
 from shoestring.config.run import RunConfig
 from shoestring.config.sizes import size_text
+from shoestring.model.adapter import AdapterState, Handle
 from shoestring.model.policy import Policy
 from shoestring.model.sampling import Sampling
 from shoestring.model.trees import cost, cut_tree, pack_rows
@@ -44,13 +45,18 @@ class Snapshot:
     begun: list[bool] = field(default_factory=list)
     _weights: dict[str, Tensor] = field(default_factory=dict)
     _moments: dict[str, Tensor] = field(default_factory=dict)
+    handle: Handle | None = None
+    _moving: AdapterState | None = None
 
     @classmethod
     @contextmanager
     def taken(cls, policy: Policy, optimizer: torch.optim.Optimizer, updates: int) -> Iterator[Snapshot]:
         """For so many optimizer steps, each behind a backward pass."""
         parameters = policy.trained()
-        own = cls(parameters, optimizer)
+        own = cls(parameters, optimizer, handle=policy.handle)
+        if policy.handle is not None:
+            moving = policy.handle.moving()
+            own._moving = AdapterState({name: t.clone() for name, t in moving.tensors.items()}, dict(moving.values))
         if updates > 1 or not takes_no_memory(optimizer):
             state = moments(parameters, optimizer)
             if sum(t.nbytes for t in (*parameters.values(), *state.values())) <= _COPIED:
@@ -76,6 +82,8 @@ class Snapshot:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self._weights[name])
+            if self.handle is not None and self._moving is not None:
+                self.handle.load_moving(self._moving)
             now = moments(self.parameters, self.optimizer)
             if not self._moments:
                 self.optimizer.state.clear()
@@ -160,7 +168,7 @@ def rehearse(
         optimizer.zero_grad(set_to_none=True)
 
     def undo() -> None:
-        optimizer.zero_grad(set_to_none=True)
+        policy.drop_gradients()
         if fresh:
             optimizer.state.clear()
 
