@@ -151,8 +151,8 @@ class Policy:
     @cached_property
     def own_layers(self) -> bool:
         """Whether training runs the layers by our own code: for the models that the decode step knows, where nothing
-        but LoRA is trained. Set it to False for the reference, transformers' own."""
-        return self._attends_plainly and self.adapted is not None and not unsupported(self.base)
+        but factors of an adapter is trained. Set it to False for the reference, transformers' own."""
+        return self._attends_plainly and self.adapted is not None and not unsupported(self.base, self.handle)
 
     @property
     def decoder(self) -> Decoder:
