@@ -69,7 +69,9 @@ def random_policy(
     base = random_model(family, seed, **options)
     base.requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    given = {"name": "lora", "rank": 4, **(adapter or {})}
+    given = {"name": "lora", **(adapter or {})}
+    if given["name"] == "lora":
+        given = {"rank": 4, **given}
     handle = ADAPTERS[given["name"]](**given).attach(base, seed)
     handle.model.eval()
     torch.manual_seed(seed + 1)

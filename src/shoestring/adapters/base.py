@@ -60,6 +60,8 @@ class AdapterCost:
     off_is_reference: bool = True
     slow: str = ""
     """Why the update of some linear layer has no factors; empty if all have them."""
+    computed: int = 0
+    """Numbers of the trained factors that are computed from parameters and not parameters themselves."""
     frozen_values: int = 0
     """Numbers that the adapter holds and does not train, in the model's type."""
     frozen_floats: int = 0

@@ -24,8 +24,9 @@ def _base(module: Any) -> Any:
     return module.base_layer if hasattr(module, "base_layer") else module
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def _factors(module: Any, handle: Handle | None) -> Factors | None:
+    """With gradient, which says what of them is trained."""
     return handle.factors(module) if handle is not None and hasattr(module, "base_layer") else None
 
 
