@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from shoestring.adapters.lora import LoRA
+from shoestring.adapters.lora_xs import LoRAXS
 from shoestring.adapters.none import NoAdapter
 
 ADAPTERS: dict[str, type[Any]] = {
     "lora": LoRA,
+    "lora-xs": LoRAXS,
     "none": NoAdapter,
 }
