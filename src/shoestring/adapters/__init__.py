@@ -6,10 +6,12 @@ from typing import Any
 
 from shoestring.adapters.lora import LoRA
 from shoestring.adapters.lora_xs import LoRAXS
+from shoestring.adapters.miss import MiSS
 from shoestring.adapters.none import NoAdapter
 
 ADAPTERS: dict[str, type[Any]] = {
     "lora": LoRA,
     "lora-xs": LoRAXS,
+    "miss": MiSS,
     "none": NoAdapter,
 }
