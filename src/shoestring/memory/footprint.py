@@ -57,6 +57,8 @@ class Work:
     """Bytes that an optimizer step takes for its while."""
     reference: Literal["none", "adapter", "copy"] = "none"
     """Where a KL term's reference comes from."""
+    slow: str = ""
+    """Why our own decode step and layers do not take it; empty if they do."""
     graph: bool = False
     """Sampled by our own decode step: prompts are cached once, and what its captured steps use stays."""
     trees: bool = False

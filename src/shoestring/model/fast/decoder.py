@@ -19,47 +19,36 @@ from shoestring.model.fast.torch_operations import Plain, keep_entropy
 from shoestring.model.fast.triton_operations import Fused
 from shoestring.model.fast.triton_training import has_flash
 from shoestring.model.sampling import Sampling
+from shoestring.model.traits import MODELS, traits_of, unknown_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from shoestring.model.adapter import Factors, Handle
 
-# Families whose layer is: norm, q k v, rotary embedding, attention, o, norm, SwiGLU.
-MODELS = ("qwen2", "qwen3", "llama", "mistral")
 # Linear modules of a layer that share an input, and are one product.
 PRODUCTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-# Rotary embeddings whose frequencies do not change with the length of the text.
-_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 def unsupported(model: PreTrainedModel, handle: Handle | None = None) -> str:
     """Why this model, with the adapter of `handle` in it, has no decode step here; empty if it has one."""
     base: Any = model
-    config = base.config
-    if config.model_type not in MODELS:
-        return f'models of type "{config.model_type}" are not among {", ".join(MODELS)}'
-    rope = getattr(base.base_model.rotary_emb, "rope_type", "default")
-    if rope not in _ROPE:
-        return f'its rotary embedding is of type "{rope}"'
-    if config.hidden_act not in ("silu", "swish"):
-        return f'its activation is "{config.hidden_act}"'
+    traits = traits_of(base.config.to_dict())
+    gpu = base.device.type == "cuda"
+    if traits.model_type not in MODELS:
+        return unknown_layers(traits, 0, gpu=gpu)
+    size = base.base_model.layers[0].self_attn.head_dim
+    rotary = base.base_model.rotary_emb
+    rope = getattr(rotary, "rope_type", "default")
+    share = 2 * len(rotary.inv_freq) / size
+    reason = unknown_layers(traits._replace(rope=rope, rotary_share=share), size, gpu=gpu)
+    if reason:
+        return reason
     if type(base.lm_head) is not nn.Linear:
         return "there is an adapter on its vocabulary matrix"
-    size = base.base_model.layers[0].self_attn.head_dim
-    if 2 * len(base.base_model.rotary_emb.inv_freq) != size:
-        return "its rotary embedding turns a part of each head only"
-    if base.device.type == "cuda" and (size not in (16, 32, 64, 128, 256) or not _has_triton()):
-        return f"its heads have {size} places" if _has_triton() else "Triton is not installed"
     if base.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its weights are {base.dtype}"
     return next((reason for m in _linears(base) if (reason := _odd(m, handle))), "")
-
-
-def _has_triton() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("triton") is not None
 
 
 def _linears(base: Any) -> list[Any]:
