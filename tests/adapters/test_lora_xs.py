@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from tests.memory.test_plan import DTYPES
+from tests.peaks import as_near_as_lora, not_short
 
 from shoestring.adapters import ADAPTERS
 from shoestring.adapters.lora_xs import LoRAXSLinear, leading_frames
@@ -36,3 +39,10 @@ def test_the_update_is_scaled_and_lies_in_the_frames() -> None:
         x = torch.randn(5, 32)
         wanted = module.base_layer(x) + 2 * x @ (module.left @ module.core @ module.right).T
         torch.testing.assert_close(module(x), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("on", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_plan_does_not_fall_short(dtype: str, on: bool) -> None:
+    not_short({"name": "lora-xs", "rank": 8}, dtype, on=on)
+    as_near_as_lora({"name": "lora-xs", "rank": 8}, dtype, on=on)

@@ -682,7 +682,7 @@ def test_an_unknown_family_is_refused_unless_it_is_said_what_it_is_like(qwen: di
     known = predict(qwen)
     assert like.work.shape == known.work.shape
     assert '"yi"' in like.work.slow  # our own layers go by the model's real type
-    assert not (like.work.graph or like.work.own_layers or like.work.trees or like.work.trunk_rows)
+    assert not any((like.work.graph, like.work.own_layers, like.work.trees, like.work.trunk_rows))
     assert footprint.weights(like.work) == footprint.weights(known.work)
 
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from shoestring.adapters.base import AdapterCost
 from shoestring.adapters.on_peft import PeftHandle, attached, used_in_input_type
-from shoestring.adapters.placement import Layers, Modules, Placed, is_transposed
+from shoestring.adapters.placement import Layers, Modules, Placed
 from shoestring.config.settings import Settings
 from shoestring.model.adapter import Handle
 
@@ -48,7 +48,6 @@ class LoRA(Placed, Settings):
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT divides it by r; a fraction is as good
             lora_dropout=0.0,
-            fan_in_fan_out=any(is_transposed(module) for module in model.modules()),
             **self.peft_targets(model),
         )
         adapted, own = attached(model, config, seed)

@@ -49,6 +49,7 @@ class LoRAXS(Placed, Settings):
             down_trains=False,
             computed=up * len(layers),
             frozen_values=frames * len(layers),
+            kept_token={2: 0, 4: 0},
             kept_layer={2: 6 * up, 4: 4 * up},
         )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shoestring.adapters.base import BaseHandle, tensor_ids
 from shoestring.adapters.export import save_own
+from shoestring.adapters.placement import is_transposed
 from shoestring.errors import ConfigError
 from shoestring.model.adapter import Factors
 from shoestring.model.structure import quiet_peft
@@ -47,6 +48,8 @@ def attached(model: PreTrainedModel, config: PeftConfig, seed: int) -> tuple[Pef
     """
     from peft import get_peft_model
 
+    if hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = any(is_transposed(module) for module in model.modules())  # type: ignore[attr-defined]
     own, weights = tensor_ids(model), list(model.parameters())
     before = _versions(weights)
     with torch.random.fork_rng(devices=[]):

@@ -154,14 +154,21 @@ def forward_token(work: Work) -> int:
     shape, e = work.shape, work.itemsize
     wide = 4 if work.trained.modules & {"up_proj", "gate_up_proj"} and not work.trained.whole else 3
     scores = (4 + 2 * e) * shape.heads * work.slots if work.eager else 0
-    return max(wide * e * shape.intermediate, scores) + 4 * e * shape.hidden
+    return max(wide * e * shape.intermediate, scores) + 4 * e * shape.hidden + _in_fp32(work)
+
+
+def _in_fp32(work: Work) -> int:
+    """Bytes of a token's input and output of a linear layer, which an adapter of PEFT makes in fp32, twice."""
+    if not work.trained.kept_token:
+        return 0
+    return 8 * max(linear.inputs + linear.outputs for linear in work.shape.linears)
 
 
 def dequantised(work: Work) -> int:
-    """The largest 4-bit matrix, unpacked for a product with more than a few rows."""
-    if not work.nf4:
-        return 0
-    return max(linear.inputs * linear.outputs for linear in work.shape.linears) * work.itemsize
+    """The largest matrix, for a product with more than a few rows: 4-bit weights unpacked, and three times in fp32 for
+    an adapter without factors."""
+    largest = max(linear.inputs * linear.outputs for linear in work.shape.linears)
+    return largest * (work.itemsize * work.nf4 + 12 * bool(work.trained.slow))
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -233,8 +240,7 @@ def backward_token(work: Work) -> int:
     shape, e = work.shape, work.itemsize
     kept_already = work.trained.whole or ("down_proj" in work.trained.modules and work.trained.down_trains)
     scores = (4 + 2 * e) * shape.heads * work.slots if work.eager else 0
-    wide = 8 * max(linear.inputs + linear.outputs for linear in shape.linears) if work.trained.kept_token else 0
-    return max((2 if kept_already else 3) * e * shape.intermediate, scores) + e * shape.hidden + wide
+    return max((2 if kept_already else 3) * e * shape.intermediate, scores) + e * shape.hidden + _in_fp32(work)
 
 
 def captured(work: Work, rows: int) -> int:
