@@ -34,9 +34,9 @@ from shoestring.types import Batch, Group, Score
 from tiny import COMMON, FAMILIES, prompt, random_model, random_policy
 
 IDS = torch.tensor([[260, 17, 18, 9, 30, 44, 5]])
-SETTINGS: dict[str, dict[str, Any]] = {}
+SETTINGS: dict[str, dict[str, Any]] = {"peft": {"type": "loha", "settings": {"r": 4}}}
 """What an entry needs to be told; most go by their defaults."""
-ONLY_LINEAR = {"miss"}
+ONLY_LINEAR = {"miss", "peft"}
 """Those that PEFT does not give GPT-2's transposed layers."""
 NEXT_TO_BASE = [name for name in ADAPTERS if name != "none"]
 """Those that add weights to a frozen base."""
@@ -346,6 +346,8 @@ def test_the_fast_path_is_taken_and_equals_the_slow_one(
 @pytest.mark.parametrize("name", NEXT_TO_BASE)
 def test_an_input_is_kept_for_a_trained_down_only(name: str, plain: bool) -> None:
     """The input of o_proj, 56 wide, which nothing else needs on the way back."""
+    if settings(name).cost(shape("qwen2")).slow:
+        return
     only_o = {"name": name, **SETTINGS.get(name, {}), "modules": ["o_proj"]}
     policy = random_policy(adapter=only_o, sizes={"head_dim": 14})
     [batch] = micro_batches(rows_of(sampled(policy)), 10**6, trees=True)

@@ -8,10 +8,12 @@ from shoestring.adapters.lora import LoRA
 from shoestring.adapters.lora_xs import LoRAXS
 from shoestring.adapters.miss import MiSS
 from shoestring.adapters.none import NoAdapter
+from shoestring.adapters.peft import Peft
 
 ADAPTERS: dict[str, type[Any]] = {
     "lora": LoRA,
     "lora-xs": LoRAXS,
     "miss": MiSS,
+    "peft": Peft,
     "none": NoAdapter,
 }
