@@ -98,7 +98,7 @@ def test_a_fresh_adapter_is_the_base_model_or_says_that_it_is_not(name: str, fam
         torch.testing.assert_close(logits(handle.model), logits(random_model(family)), atol=EXACT.get(name, 0), rtol=0)
 
 
-EXACT: dict[str, float] = {}
+EXACT: dict[str, float] = {"dora": 1e-5}
 """How far the first logits may be off; 0 where nothing is said."""
 
 
