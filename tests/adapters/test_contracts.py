@@ -34,7 +34,7 @@ from shoestring.types import Batch, Group, Score
 from tiny import COMMON, FAMILIES, prompt, random_model, random_policy
 
 IDS = torch.tensor([[260, 17, 18, 9, 30, 44, 5]])
-SETTINGS: dict[str, dict[str, Any]] = {"peft": {"type": "loha", "settings": {"r": 4}}}
+SETTINGS: dict[str, dict[str, Any]] = {"peft": {"type": "loha", "settings": {"r": 4}}, "adalora": {"total_steps": 8}}
 """What an entry needs to be told; most go by their defaults."""
 ONLY_LINEAR = {"miss", "peft"}
 """Those that PEFT does not give GPT-2's transposed layers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from shoestring.adapters.adalora import AdaLoRA
 from shoestring.adapters.lora import LoRA
 from shoestring.adapters.lora_xs import LoRAXS
 from shoestring.adapters.miss import MiSS
@@ -19,5 +20,6 @@ ADAPTERS: dict[str, type[Any]] = {
     "dora": DoRA,
     "rslora": RsLoRA,
     "vera": VeRA,
+    "adalora": AdaLoRA,
     "none": NoAdapter,
 }
