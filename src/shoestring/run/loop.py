@@ -164,6 +164,8 @@ def _open(
     engine = config.sampler.open(policy, state.wave_tokens)
     give_back(policy.device)  # joining weights leaves holes
     fresh = _fresh_prompts(config, policy, problems)
+    if not last and policy.handle is not None and policy.handle.wants_prompts:
+        policy.handle.prepare(policy, fresh.take(0, config.sampling.num_prompts)[0])
     trunk_layer, why_none = budgets.trunk_layer(config, policy, engine, plan)
     session = Session(
         folder, config, problems, fresh, scoring, policy, engine, optimizer, reporter, plan, state.step, trunk_layer

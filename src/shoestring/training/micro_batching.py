@@ -54,13 +54,13 @@ class Snapshot:
         """For so many optimizer steps, each behind a backward pass."""
         parameters = policy.trained()
         own = cls(parameters, optimizer, handle=policy.handle)
-        if policy.handle is not None:
-            moving = policy.handle.moving()
-            own._moving = AdapterState({name: t.clone() for name, t in moving.tensors.items()}, dict(moving.values))
         if updates > 1 or not takes_no_memory(optimizer):
             state = moments(parameters, optimizer)
             if sum(t.nbytes for t in (*parameters.values(), *state.values())) <= _COPIED:
                 own._weights, own._moments = _on_host(parameters), _on_host(state)
+                if policy.handle is not None:
+                    moving = policy.handle.moving()
+                    own._moving = AdapterState(_on_host(moving.tensors), dict(moving.values))
         handle = optimizer.register_step_pre_hook(lambda *_: own.begun.append(True))
         try:
             yield own
