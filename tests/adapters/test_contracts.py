@@ -35,7 +35,7 @@ from tiny import COMMON, FAMILIES, prompt, random_model, random_policy
 
 IDS = torch.tensor([[260, 17, 18, 9, 30, 44, 5]])
 SETTINGS: dict[str, dict[str, Any]] = {"peft": {"type": "loha", "settings": {"r": 4}}, "adalora": {"total_steps": 8}}
-"""What an entry needs to be told; most go by their defaults."""
+"""Settings without a default, or short ones for a small run."""
 ONLY_LINEAR = {"miss", "peft"}
 """Those that PEFT does not give GPT-2's transposed layers."""
 NEXT_TO_BASE = [name for name in ADAPTERS if name != "none"]

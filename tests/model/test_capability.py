@@ -33,8 +33,8 @@ ODD: dict[str, dict[str, Any]] = {
 def both(family: str, sizes: dict[str, Any], adapter: str) -> None:
     config = {"model_type": family, **COMMON, **FAMILIES.get(family, {}), **sizes}
     base = random_model(family, sizes=sizes).requires_grad_(False)
-    for told in (config, base.config.to_dict()):  # as a file may hold it, and as transformers writes it
-        shape, settings = shape_of(told), ADAPTERS[adapter]()
+    for written in (config, base.config.to_dict()):  # as a file may hold it, and as transformers writes it
+        shape, settings = shape_of(written), ADAPTERS[adapter]()
         handle = settings.attach(random_model(family, sizes=sizes).requires_grad_(False), 0)
         policy = Policy(handle.base, AutoTokenizer.from_pretrained(TINY), handle, family)
         slow, other = fast_path(shape, ModelSettings(), settings), plain_attention(shape, ModelSettings())

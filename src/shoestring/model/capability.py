@@ -1,4 +1,4 @@
-"""Which path a model, with an adapter in it, takes: told from config.json and settings alone, before anything loads.
+"""Which path a model, with an adapter in it, takes, by config.json and settings alone, before anything loads.
 
 The memory plan goes by these functions. `shoestring.model.fast.decoder.unsupported` looks at the loaded modules by the
 same rules, and a run compares the two after its first step.

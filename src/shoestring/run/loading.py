@@ -49,25 +49,33 @@ def load_policy(
         )
     base, tokenizer, source = models.load(settings, models.pick_device(device))
     base.requires_grad_(False)
-    handle: Handle | None = None
+    if adapter is None:
+        handle = _trained_before(source, base)
+        (handle.model if handle is not None else base).eval()
+        return Policy(base, tokenizer, handle, settings.name)
+    handle = adapter.attach(base, seed)
+    handle.model.eval()
     first: PreTrainedModel | None = None
+    if handle.model is base:
+        first = copy.deepcopy(base).requires_grad_(False) if keep_reference else None
+    else:
+        _name_base(handle, source, settings.name)
+        if keep_reference and not handle.off_is_reference:
+            raise _no_reference(adapter)
+    return Policy(base, tokenizer, handle, settings.name, first)
+
+
+def _trained_before(source: models.Source, base: PreTrainedModel) -> Handle | None:
+    """The adapter of a run or a checkpoint in the base, frozen; None where there is none, or the base itself is what
+    was trained."""
     if source.checkpoint is not None:
         handle = _as_of(source.checkpoint, base)
     elif source.adapter is not None:
         handle = from_folder(source.adapter, base, lambda given: pick(ADAPTERS, "adapter", given).attach(base, 0))
-    elif adapter is not None:
-        handle = adapter.attach(base, seed)
-        if handle.model is base:
-            first = copy.deepcopy(base).requires_grad_(False) if keep_reference else None
-        else:
-            _name_base(handle, source, settings.name)
-            if keep_reference and not handle.off_is_reference:
-                raise _no_reference(adapter)
-    if adapter is None and handle is not None:
-        handle.model.requires_grad_(False)
-        handle = None if handle.model is base else handle
-    (handle.model if handle is not None else base).eval()
-    return Policy(base, tokenizer, handle, settings.name, first)
+    else:
+        return None
+    handle.model.requires_grad_(False)
+    return None if handle.model is base else handle
 
 
 def _name_base(handle: Handle, source: models.Source, name: str) -> None:
