@@ -64,18 +64,35 @@ def random_model(
 def random_policy(
     family: str = "qwen2", *, adapter: dict[str, Any] | None = None, seed: int = 0, **options: Any
 ) -> Policy:
-    """A policy over a random model with a LoRA adapter whose B is random too, so that it does something."""
+    """A policy over a random model with an adapter (LoRA unless named) whose weights are random, so that it does
+    something."""
     base = random_model(family, seed, **options)
     base.requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    adapted = ADAPTERS["lora"](rank=4, **(adapter or {})).attach(base)
-    adapted.eval()
+    given = {"name": "lora", **(adapter or {})}
+    if given["name"] == "lora":
+        given = {"rank": 4, **given}
+    handle = ADAPTERS[given["name"]](**given).attach(base, seed)
+    handle.model.eval()
+    _draw_on(handle.model, base.dtype)
     torch.manual_seed(seed + 1)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
+        for name, parameter in handle.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.2)
-    return Policy(base, tokenizer, adapted, family)
+    return Policy(base, tokenizer, handle, family)
+
+
+@torch.no_grad()
+def _draw_on(model: Any, dtype: torch.dtype) -> None:
+    """Draws LoRA's A as if the stream of the model's own random numbers had gone on: tests hold to these values."""
+    for module in model.modules():
+        if hasattr(module, "lora_A") and isinstance(module.lora_A, torch.nn.ModuleDict):
+            a, b = module.lora_A["default"], module.lora_B["default"]
+            torch.nn.Linear(a.in_features, a.out_features, bias=False)
+            torch.nn.Linear(b.in_features, b.out_features, bias=False)
+            drawn = torch.nn.init.kaiming_uniform_(torch.empty(a.weight.shape), a=5**0.5)
+            a.weight.copy_(drawn.to(dtype))
 
 
 def prompt(length: int, seed: int = 0, prefix: int = 0) -> Prompt:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from conftest import ROOT
 from shoestring import ConfigError, train
 from shoestring.adapters import ADAPTERS
-from shoestring.adapters.base import Trained
+from shoestring.adapters.base import AdapterCost
 from shoestring.config.run import load, settle
 from shoestring.memory import footprint
 from shoestring.memory import sampling as sampling_bytes
@@ -142,15 +142,15 @@ def built(
     base.generation_config.eos_token_id = 257
     base.requires_grad_(False)
     chosen = ADAPTERS[adapter.get("name", "lora")](**adapter)
-    adapted = chosen.attach(base)
-    adapted.eval()
-    policy = Policy(base, AutoTokenizer.from_pretrained(TINY), adapted if adapted is not base else None, family)
+    handle = chosen.attach(base, 0)
+    handle.model.eval()
+    policy = Policy(base, AutoTokenizer.from_pretrained(TINY), handle, family)
     shape = shape_of({"model_type": family, **config})
     eager = 8 if base.config._attn_implementation == "eager" else 0  # older versions run gemma2 without its cap
-    return policy, plain_work(shape, chosen.trained(shape), dtype, eager=eager)
+    return policy, plain_work(shape, chosen.cost(shape), dtype, eager=eager)
 
 
-def plain_work(shape: Shape, trained: Trained, dtype: torch.dtype, **changes: Any) -> Work:
+def plain_work(shape: Shape, trained: AdapterCost, dtype: torch.dtype, **changes: Any) -> Work:
     work = Work(
         shape,
         trained,
@@ -679,8 +679,11 @@ def test_an_unknown_family_is_refused_unless_it_is_said_what_it_is_like(qwen: di
     with pytest.raises(ConfigError, match=r'model_type is "yi", whose layer shapes are not known; write model\.family'):
         predict(yi)
     like = predict(merged(yi, {"model": {"family": "qwen2"}}))
-    assert replace(like.work, shape=replace(like.work.shape)) == predict(qwen).work
-    assert like.peak == predict(qwen).peak
+    known = predict(qwen)
+    assert like.work.shape == known.work.shape
+    assert '"yi"' in like.work.slow  # our own layers go by the model's real type
+    assert not any((like.work.graph, like.work.own_layers, like.work.trees, like.work.trunk_rows))
+    assert footprint.weights(like.work) == footprint.weights(known.work)
 
 
 def test_a_run_of_an_unknown_family_goes_without_a_plan_and_refuses_a_budget(

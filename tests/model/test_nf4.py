@@ -184,7 +184,7 @@ def test_4_bit_weights_are_not_trained_themselves() -> None:
         settle({"model": {"dtype": "nf4"}, "adapter": "none"})
     assert told.value.given == 'model.dtype is "nf4" and adapter.name "none"'
     with pytest.raises(ConfigError, match="quantised"):
-        ADAPTERS["none"]().attach(load(ModelSettings(dtype="nf4"), CPU)[0])
+        ADAPTERS["none"]().attach(load(ModelSettings(dtype="nf4"), CPU)[0], 0)
 
 
 # --- one copy for sampler, trainer and reference --------------------------------------------------------------------

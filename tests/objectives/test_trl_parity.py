@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import shoestring
+from shoestring.adapters.on_peft import PeftHandle
 from shoestring.algorithms import ALGORITHMS
 from shoestring.model.policy import Policy
 from shoestring.objectives.loss import Objective, objective_loss
@@ -156,7 +157,7 @@ def our_gradient(adapted, tokenizer, completions, old, loss_type, beta, on_polic
     ]
     algorithm = ALGORITHMS["grpo"](**OURS[loss_type])
     credits = [algorithm.credit(group, torch.Generator()) for group in groups]
-    policy = Policy(adapted.get_base_model(), tokenizer, adapted)
+    policy = Policy(adapted.get_base_model(), tokenizer, PeftHandle(None, adapted, frozenset()))
     objective = Objective(beta=beta, clip_low=0.2, clip_high=0.2, updates=1, l2=0.0, **correction)
     losses, clipped, capped = [], 0, 0
     for batch in collate(groups, credits, normalise=algorithm.normalise, beta=beta, max_tokens=40):

@@ -216,12 +216,12 @@ def test_other_models_fall_back_or_are_refused_by_name(family: str, caplog: pyte
 
 def test_what_else_it_does_not_know() -> None:
     policy = policy_of()
-    assert unsupported(policy.base) == ""
+    assert unsupported(policy.base, policy.handle) == ""
     policy.base.config.hidden_act = "gelu"
-    assert "gelu" in unsupported(policy.base)
+    assert "gelu" in unsupported(policy.base, policy.handle)
     policy = policy_of("llama")
     policy.base.base_model.rotary_emb.rope_type = "dynamic"
-    assert "dynamic" in unsupported(policy.base)
+    assert "dynamic" in unsupported(policy.base, policy.handle)
 
 
 def test_weights_are_shared_with_the_model_and_joined_again_after_a_move() -> None:

@@ -220,7 +220,7 @@ def test_quantised_weights_are_not_trained() -> None:
     model = random_model()
     model.model.norm.weight = nn.Parameter(torch.zeros(32, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ConfigError, match="quantised"):
-        ADAPTERS["none"]().attach(model)
+        ADAPTERS["none"]().attach(model, 0)
 
 
 # --- the optimizers -------------------------------------------------------------------------------------------------
@@ -375,8 +375,8 @@ def test_every_gradient_is_that_of_the_librarys_own_logits(family: str, checkpoi
 
 
 def whole_policy(family: str) -> Policy:
-    base = ADAPTERS["none"]().attach(random_model(family))
-    return Policy(base.eval(), AutoTokenizer.from_pretrained(TINY), name=family)
+    handle = ADAPTERS["none"]().attach(random_model(family).eval(), 0)
+    return Policy(handle.base, AutoTokenizer.from_pretrained(TINY), handle, family)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------

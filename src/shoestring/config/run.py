@@ -94,8 +94,8 @@ class RunConfig(Settings):
                 f"objective is {given!r}", "it is a table", "write [objective] with keys such as beta = 0.04"
             )
         defaults = algorithm.objective._asdict()
-        if pick(ADAPTERS, "adapter", data.get("adapter", {}), "lora").name == "none":
-            defaults["l2"] = 0.0  # an adapter of 0 is the base model; a model of 0 is none
+        if not getattr(pick(ADAPTERS, "adapter", data.get("adapter", {}), "lora"), "zero_is_base", True):
+            defaults["l2"] = 0.0  # an adapter of 0 is the base model as a rule; a model of 0 is none
         exact = pick(SAMPLERS, "sampler", data.get("sampler", {}), "auto").exact
         settled = {**defaults, "importance_correction": "auto", **given}
         if settled["importance_correction"] == "auto":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from shoestring.adapters.base import Trained
+from shoestring.adapters.base import AdapterCost
 from shoestring.model.draw import DRAW_TILE
 from shoestring.model.fast.decoder import PRODUCTS
 from shoestring.model.shapes import FAMILIES, Shape
@@ -34,7 +34,7 @@ class Work:
     """One step's sizes, and how it is carried out."""
 
     shape: Shape
-    trained: Trained
+    trained: AdapterCost
     itemsize: int
     nf4: bool
     prompt: int
@@ -57,6 +57,8 @@ class Work:
     """Bytes that an optimizer step takes for its while."""
     reference: Literal["none", "adapter", "copy"] = "none"
     """Where a KL term's reference comes from."""
+    slow: str = ""
+    """Why our own decode step and layers do not take it; empty if they do."""
     graph: bool = False
     """Sampled by our own decode step: prompts are cached once, and what its captured steps use stays."""
     trees: bool = False
@@ -97,12 +99,18 @@ def weights(work: Work) -> int:
 
 def held(work: Work) -> int:
     """Trained weights beside the base model, and the optimizer's state."""
-    own = 0 if work.trained.whole else 4 * work.trained.parameters
-    return own + work.state
+    own = 0 if work.trained.whole else work.trained.trained(work.itemsize)
+    return own + work.trained.frozen(work.itemsize) + work.state
 
 
 def gradient(work: Work) -> int:
-    return work.trained.parameters * (work.itemsize if work.trained.whole else 4)
+    """Of the trained weights; and of computed factors, which gather theirs until the update ends."""
+    return work.trained.trained(work.itemsize) + computed(work)
+
+
+def computed(work: Work) -> int:
+    """Factors that are computed from parameters, in fp32."""
+    return 4 * work.trained.computed * work.own_layers
 
 
 def workspace(work: Work) -> int:
@@ -119,8 +127,8 @@ def static(work: Work) -> int:
 
 
 def fused(work: Work) -> int:
-    """LoRA matrices once more, in the model's type, as the decode step uses them."""
-    if not work.graph or work.trained.whole:
+    """An adapter's factors once more, in the model's type, as the decode step and our own layers use them."""
+    if not (work.graph or work.own_layers) or work.trained.whole:
         return 0
     ranks = -(-work.trained.rank // 8) * 8
     blocks = 0
@@ -146,14 +154,21 @@ def forward_token(work: Work) -> int:
     shape, e = work.shape, work.itemsize
     wide = 4 if work.trained.modules & {"up_proj", "gate_up_proj"} and not work.trained.whole else 3
     scores = (4 + 2 * e) * shape.heads * work.slots if work.eager else 0
-    return max(wide * e * shape.intermediate, scores) + 4 * e * shape.hidden
+    return max(wide * e * shape.intermediate, scores) + 4 * e * shape.hidden + _in_fp32(work)
+
+
+def _in_fp32(work: Work) -> int:
+    """Bytes of a token's input and output of a linear layer, which an adapter of PEFT makes in fp32, twice."""
+    if not work.trained.kept_token:
+        return 0
+    return 8 * max(linear.inputs + linear.outputs for linear in work.shape.linears)
 
 
 def dequantised(work: Work) -> int:
-    """The largest 4-bit matrix, unpacked for a product with more than a few rows."""
-    if not work.nf4:
-        return 0
-    return max(linear.inputs * linear.outputs for linear in work.shape.linears) * work.itemsize
+    """The largest matrix, for a product with more than a few rows: 4-bit weights unpacked, and three times in fp32 for
+    an adapter without factors."""
+    largest = max(linear.inputs * linear.outputs for linear in work.shape.linears)
+    return largest * (work.itemsize * work.nf4 + 12 * bool(work.trained.slow))
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -166,15 +181,20 @@ def kept_token(work: Work, adapted: bool = True) -> int:
     """
     shape, trained, e = work.shape, work.trained, work.itemsize
     here = trained.modules if adapted else frozenset()
-    kept = _kept_by_norms(work) + _kept_by_attention(work, out=trained.whole or "o_proj" in here)
+    kept = _kept_by_norms(work) + _kept_by_attention(
+        work, out=trained.whole or ("o_proj" in here and trained.down_trains)
+    )
     kept += 3 * e * shape.intermediate
+    rows = e * trained.rank * len(here) + (trained.kept_token.get(e, 0) if adapted else 0)
+    if not trained.down_trains:  # no input is kept for an adapter
+        return kept + rows
     if trained.whole or here & {"q_proj", "k_proj", "v_proj", "qkv_proj"}:
         kept += e * shape.hidden
     if trained.whole or here & {"gate_proj", "up_proj", "gate_up_proj"}:
         kept += e * shape.hidden
     if trained.whole or "down_proj" in here:
         kept += e * shape.intermediate
-    return kept + e * trained.rank * len(here)
+    return kept + rows
 
 
 def _kept_by_norms(work: Work) -> int:
@@ -208,18 +228,19 @@ def kept_layers(work: Work) -> int:
 
 
 def _casts(work: Work) -> int:
-    """Adapter matrices of one layer in the model's type."""
+    """Adapter matrices of one layer in the model's type, and what else an adapter keeps of its own weights there."""
     trained = work.trained
-    return 0 if trained.whole or work.itemsize == 4 else trained.layer_parameters * work.itemsize
+    cast = 0 if trained.whole or work.itemsize == 4 else trained.layer_parameters * work.itemsize
+    return cast + trained.kept_layer.get(work.itemsize, 0)
 
 
 def backward_token(work: Work) -> int:
     """Bytes for each token on the way back through the MLP: three wide tensors, one of them kept already if down_proj
     is adapted."""
     shape, e = work.shape, work.itemsize
-    kept_already = work.trained.whole or "down_proj" in work.trained.modules
+    kept_already = work.trained.whole or ("down_proj" in work.trained.modules and work.trained.down_trains)
     scores = (4 + 2 * e) * shape.heads * work.slots if work.eager else 0
-    return max((2 if kept_already else 3) * e * shape.intermediate, scores) + e * shape.hidden
+    return max((2 if kept_already else 3) * e * shape.intermediate, scores) + e * shape.hidden + _in_fp32(work)
 
 
 def captured(work: Work, rows: int) -> int:
@@ -239,13 +260,19 @@ def draw_tile(work: Work, rows: int) -> int:
 
 def forward_own(work: Work) -> int:
     """Bytes for each token of a pass through our own layers without gradient."""
-    return kept_own(work) + work.itemsize * (work.shape.intermediate + 2 * work.shape.hidden)
+    return _own(work) + work.itemsize * (work.shape.intermediate + 2 * work.shape.hidden)
 
 
 def kept_own(work: Work) -> int:
-    """Bytes that one of our own layers keeps of each token beside its input: q, k, v, the attention's output, the
-    residual stream behind it, gate and up, what the A matrices in front of these give, and of attention over rows
-    without padding its sums."""
+    """Bytes that one of our own layers keeps of each token beyond its input."""
+    trained = work.trained
+    attended = work.flash or ("o_proj" in trained.modules and trained.down_trains)
+    return _own(work) - (0 if attended else work.itemsize * work.shape.heads * work.shape.head_dim)
+
+
+def _own(work: Work) -> int:
+    """q, k, v, the attention's output, the residual stream behind it, gate and up, what the A matrices in front of
+    these give, and of attention over rows without padding its sums."""
     shape = work.shape
     width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     inner = work.trained.rank * len(work.trained.modules - {"down_proj"})

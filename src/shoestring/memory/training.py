@@ -9,6 +9,7 @@ from shoestring.memory.footprint import (
     _casts,
     backward_token,
     captured,
+    computed,
     dequantised,
     forward_own,
     forward_token,
@@ -121,7 +122,7 @@ def train_peak(work: Work, batch: MicroBatch, checkpointing: bool, rows: int = 0
     before = gradient(work) * (not batch.alone or work.trained.whole)  # of micro-batches before this one
     above = max(
         before + max(below, back, there + behind + head(work, batch.scored)),
-        gradient(work) + work.step_temporaries,
+        gradient(work) + max(work.step_temporaries, computed(work)),
     )
     dense = (
         work.itemsize * work.shape.embedding if work.trained.whole else 0

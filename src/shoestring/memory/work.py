@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from shoestring.adapters.base import Trained
+from shoestring.adapters.base import AdapterCost
 from shoestring.config.run import RunConfig
 from shoestring.memory.footprint import Work
-from shoestring.model.fast.decoder import MODELS
+from shoestring.model.capability import fast_path, plain_attention
 from shoestring.model.shapes import FAMILIES, Shape
-from shoestring.model.trees import TREE_MODELS
 from shoestring.optimizers.base import TrainedSizes
 
 
@@ -23,10 +22,14 @@ def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
     """A config's step, in the terms of the formulas."""
     dtype = config.model.dtype
     itemsize = {"bf16": 2, "fp16": 2, "fp32": 4}.get(dtype, 2 if gpu else 4)
-    trained = config.adapter.trained(shape)
+    trained = config.adapter.cost(shape)
     sizes = trained_sizes(shape, trained, itemsize, gpu=gpu)
     sampling = config.drawing
-    fast = not config.execution.plain and config.model.attn_implementation != "eager"
+    slow = fast_path(shape, config.model, config.adapter, gpu=gpu)
+    graph = config.sampler.name in ("auto", "graph") and not slow
+    plainly = not config.execution.plain and not plain_attention(shape, config.model)
+    own_layers = plainly and not slow and not trained.whole
+    trees = plainly and (own_layers or not shape.traits.window)
     reference = "none" if not config.objective.beta else "copy" if trained.whole else "adapter"
     return Work(
         shape=shape,
@@ -45,12 +48,13 @@ def work_of(config: RunConfig, shape: Shape, prompt: int, *, gpu: bool) -> Work:
         state=config.optim.state_bytes(sizes),
         step_temporaries=config.optim.step_bytes(sizes),
         reference=reference,
-        graph=config.sampler.name in ("auto", "graph") and shape.family in MODELS,
+        slow=slow,
+        graph=graph,
         filtered=bool(config.eval_every or sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.entropy),
-        trees=fast and shape.family in TREE_MODELS,
-        own_layers=fast and shape.family in MODELS and not trained.whole,
+        trees=trees,
+        own_layers=own_layers,
         flash=gpu and itemsize == 2 and _has_flash(),
-        trunk_rows=_trunk_rows(config, shape, trained),
+        trunk_rows=_trunk_rows(config, trained) if graph and trees else 0,
     )
 
 
@@ -63,15 +67,14 @@ def _has_flash() -> bool:
     return not torch.cuda.is_available() or has_flash(torch.device("cuda"), torch.bfloat16)
 
 
-def _trunk_rows(config: RunConfig, shape: Shape, trained: Trained) -> int:
+def _trunk_rows(config: RunConfig, trained: AdapterCost) -> int:
     """Completions whose residual stream in front of the first trained layer may be kept for training."""
-    known = shape.family in MODELS and config.sampler.name in ("auto", "graph") and not config.execution.plain
-    if not known or trained.whole or trained.first_layer == 0 or config.execution.trunk_cache is False:
+    if trained.whole or trained.first_layer == 0 or config.execution.trunk_cache is False:
         return 0
     return config.sampling.most_prompts * config.sampling.num_completions
 
 
-def trained_sizes(shape: Shape, trained: Trained, itemsize: int, *, gpu: bool) -> TrainedSizes:
+def trained_sizes(shape: Shape, trained: AdapterCost, itemsize: int, *, gpu: bool) -> TrainedSizes:
     """The sizes of what is trained. Of an adapter the plan knows how many parameters a layer has, not how many matrices
     they are in."""
     if not trained.whole:

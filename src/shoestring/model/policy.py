@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shoestring.errors import ConfigError
+from shoestring.model.adapter import Handle
 from shoestring.model.chat import Reader
 from shoestring.model.fast.decoder import Decoder, unsupported
 from shoestring.model.fast.layers import Pass, blocks_of
 from shoestring.model.logit_transforms import POST_HEAD
 from shoestring.model.logprobs import gathered_logprobs, selected_logprobs
-from shoestring.model.structure import decoder_layers, quiet_peft
+from shoestring.model.structure import decoder_layers
 from shoestring.model.trees import TREE_MODELS, attention_over_paths
 from shoestring.types import Batch
 
@@ -44,14 +45,15 @@ class Policy:
         self,
         base: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        adapted: nn.Module | None = None,
+        handle: Handle | None = None,
         name: str = "",
         first: PreTrainedModel | None = None,
     ):
-        """`adapted` is `base` with an adapter; `first` a frozen copy of `base`, where `base` itself is trained."""
+        """`handle` is the adapter; `first` a frozen copy of `base`, where `base` itself is trained."""
         self.base = base
         self.tokenizer = tokenizer
-        self.adapted = adapted
+        self.handle = handle
+        self.adapted: nn.Module | None = None if handle is None or handle.model is base else handle.model
         self._first = first
         self.plain = False
         """Whether training goes through transformers, row by row: the reference of all that is faster."""
@@ -91,8 +93,9 @@ class Policy:
 
     @cached_property
     def _trained(self) -> dict[str, nn.Parameter]:
-        module = self.base if self.adapted is None else self.adapted
-        return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        if self.handle is not None:
+            return self.handle.parameters()
+        return {name: parameter for name, parameter in self.base.named_parameters() if parameter.requires_grad}
 
     def encode(self, messages: Messages, form: str = "chat", options: dict[str, Any] | None = None) -> tuple[int, ...]:
         """Token ids of a prompt that ends where the answer starts."""
@@ -148,26 +151,50 @@ class Policy:
     @cached_property
     def own_layers(self) -> bool:
         """Whether training runs the layers by our own code: for the models that the decode step knows, where nothing
-        but LoRA is trained. Set it to False for the reference, transformers' own."""
-        return self._attends_plainly and self.adapted is not None and not unsupported(self.base)
+        but factors of an adapter is trained. Set it to False for the reference, transformers' own."""
+        return self._attends_plainly and self.adapted is not None and not unsupported(self.base, self.handle)
 
     @property
     def decoder(self) -> Decoder:
         """The decode step over the model's weights; made anew where these have been moved."""
         if self._decoder is None or not self._decoder.intact():
-            self._decoder = Decoder(self.base)
+            self._decoder = Decoder(self.base, self.handle)
         return self._decoder
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Inside, trained weights stay as they are, so that our own layers take them over once."""
+        """Inside, trained weights stay as they are: our own layers take them over once, and gradients of factors that
+        are computed from parameters come to these once, at the end."""
         if self.own_layers:
             self.decoder.sync()
         self._taken_over = True
         try:
             yield
+            self._taken_over = False
+            self.pull_back()
         finally:
             self._taken_over = False
+            if self._decoder is not None:  # those of micro-batches before a failed one
+                self._decoder.drop_gradients()
+
+    def pull_back(self) -> None:
+        """Add the gradients of computed factors to their parameters'. Inside `unchanged` it waits for the end."""
+        if self._decoder is not None and not self._taken_over:
+            self._decoder.pull_back()
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients of the trained parameters, and those of factors that have not come to them."""
+        for parameter in self._trained.values():
+            parameter.grad = None
+        if self._decoder is not None:
+            self._decoder.drop_gradients()
+
+    def parameters_changed(self) -> None:
+        """Look for the trained parameters again, and make the decode step again over them."""
+        self.__dict__.pop("_trained", None)
+        self.__dict__.pop("first_gradient_layer", None)
+        self.__dict__.pop("_upper", None)
+        self._decoder = None
 
     @property
     def takes_trees(self) -> bool:
@@ -222,12 +249,13 @@ class Policy:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """The policy as it was before training, without gradient: the base model without its adapter, or the copy."""
-        if self.adapted is None and self._first is None:
-            raise ConfigError("there is no adapter", "the reference is the model without it", "set objective.beta = 0")
+        if self._first is None and (self.handle is None or not self.handle.off_is_reference):
+            given = "there is no adapter" if self.adapted is None else "the adapter turned off is not the first model"
+            raise ConfigError(given, "the reference is the model without it", "set objective.beta = 0")
         _ = self._trained, self.first_gradient_layer  # found before PEFT freezes what it turns off
         self._as_reference = True
         try:
-            with torch.no_grad(), self._copied() if self._first else self.adapted.disable_adapter():  # type: ignore
+            with torch.no_grad(), self._copied() if self._first else self.handle.off():  # type: ignore[union-attr]
                 yield
         finally:
             self._as_reference = False
@@ -284,8 +312,10 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Writes the adapter as PEFT does, so that `PeftModel.from_pretrained` reads it; without one, an ordinary model
         folder: weights in safetensors, config, tokenizer."""
-        with quiet_peft():
-            (self.adapted or self.base).save_pretrained(folder)  # type: ignore[operator]
+        if self.handle is not None:
+            self.handle.save(folder)
+        else:
+            self.base.save_pretrained(folder)
         if self.adapted is None:
             self.tokenizer.save_pretrained(folder)
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from shoestring.errors import ConfigError, nearest
 from shoestring.model.load import Source, locate
+from shoestring.model.traits import Traits, traits_of
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Shape:
     """Parameters outside the layers, the embedding and the head."""
     context: int | None
     """The most tokens it was made for."""
+    traits: Traits = field(default_factory=Traits, compare=False)
+    """What decides whether our own layers know it."""
 
     @property
     def layer_parameters(self) -> int:
@@ -213,6 +216,7 @@ def _shape(model_type: str, family: Family, read: _Reader) -> Shape:
         layer_norms=family.norms * hidden + qk_norms,
         other=hidden,
         context=read.integer("max_position_embeddings") or family.context,
+        traits=traits_of(read.config),
     )
 
 

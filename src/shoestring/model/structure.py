@@ -54,9 +54,11 @@ def chosen_layers(layers: str | int | tuple[int, ...], count: int) -> list[int]:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Keeps back two warnings of PEFT 0.21 that its users can do nothing about: a deprecation inside transformers, and
-    that a base model from a GGUF file has no config.json (it looks there for a changed vocabulary)."""
+    """Keeps back three warnings of PEFT 0.21 that its users can do nothing about: a deprecation inside transformers,
+    that a base model from a GGUF file has no config.json (it looks there for a changed vocabulary), and that a layer
+    whose ranks AdaLoRA has all masked is empty."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
+        warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield

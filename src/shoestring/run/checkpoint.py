@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shoestring.errors import ConfigError
+from shoestring.model.adapter import AdapterState, Handle
 from shoestring.optimizers.base import load_state, state_of
 from shoestring.run.folder import remove_folder, replace_folder
 from shoestring.training.micro_batching import Pieces
@@ -50,7 +51,13 @@ class State:
     """What these sizes were lowered from."""
 
 
-def save(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: State) -> Path:
+def save(
+    folder: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    handle: Handle | None = None,
+) -> Path:
     """Writes checkpoints/step-N, N the number of steps done, under a temporary name first; returns it."""
     target = folder / "checkpoints" / f"step-{state.step}"
     values = json.dumps(_as_values(state))
@@ -61,8 +68,11 @@ def save(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.
         return target
 
     def write(draft: Path) -> None:
+        own = handle.state() if handle is not None else AdapterState(parameters, {})
+        if own.values:
+            (draft / "adapter.json").write_text(json.dumps(own.values), encoding="utf-8")
         moments, others = state_of(optimizer, parameters)
-        for name, tensors in (("weights", parameters), ("optimizer", moments)):
+        for name, tensors in (("weights", own.tensors), ("optimizer", moments)):
             plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
             save_file(plain, draft / f"{name}.safetensors")
         (draft / "optimizer.json").write_text(json.dumps(others), encoding="utf-8")
@@ -125,15 +135,20 @@ def restore(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     problems: Sequence[Problem] = (),
+    handle: Handle | None = None,
 ) -> State:
-    """Loads weights and optimizer in place and returns the state, whose prefixes to replay belong to some of the
-    `problems`; raises `ConfigError` if a file cannot be read."""
+    """Loads weights (the whole adapter of `handle`) and optimizer in place and returns the state, whose prefixes to
+    replay belong to some of the `problems`; raises `ConfigError` if a file cannot be read."""
     with _read_from(path):
-        own, weights = (load_file(path / f"{name}.safetensors") for name in ("optimizer", "weights"))
+        own = load_file(path / "optimizer.safetensors")
+        weights = load_file(path / "weights.safetensors") if handle is None else {}
         values, others = (json.loads((path / f"{n}.json").read_text(encoding="utf-8")) for n in ("state", "optimizer"))
         records = {"replays": _prompts(values["replays"], problems, path), "pieces": Pieces(**values["pieces"])}
         state = State(**{**values, **records})
-    _fill(parameters, weights, path)
+    if handle is None:
+        _fill(parameters, weights, path)
+    else:
+        read_adapter(path, handle)
     with _read_from(path):
         load_state(optimizer, parameters, own, others)
     return state
@@ -145,11 +160,16 @@ def weights_dtype(path: Path) -> torch.dtype:
         return next(iter(load_file(path / "weights.safetensors").values())).dtype
 
 
-def restore_weights(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Loads the weights alone, in place; raises `ConfigError` if they cannot be read."""
+def read_adapter(path: Path, handle: Handle) -> None:
+    """Loads a checkpoint's adapter, or weights trained whole, in place; raises `ConfigError` if it cannot be read."""
     with _read_from(path):
-        weights = load_file(path / "weights.safetensors")
-    _fill(parameters, weights, path)
+        values = path / "adapter.json"
+        noted = json.loads(values.read_text(encoding="utf-8")) if values.is_file() else {}
+        state = AdapterState(load_file(path / "weights.safetensors"), noted)
+    try:
+        handle.load_state(state)
+    except (KeyError, RuntimeError) as error:
+        raise _other_weights(path) from error
 
 
 @contextmanager
@@ -193,11 +213,15 @@ def _prompts(values: Sequence[Mapping[str, Any]], problems: Sequence[Problem], p
 def _fill(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], path: Path) -> None:
     """Copies values into the tensors of the same names."""
     if tensors.keys() != values.keys():
-        raise ConfigError(
-            f"the checkpoint is {path}",
-            "what was trained has other weights than the config asks for",
-            "use the run's own config",
-        )
+        raise _other_weights(path)
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(values[name])
+
+
+def _other_weights(path: Path) -> ConfigError:
+    return ConfigError(
+        f"the checkpoint is {path}",
+        "what was trained has other weights than the config asks for",
+        "use the run's own config",
+    )

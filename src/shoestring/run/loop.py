@@ -149,13 +149,13 @@ def _open(
     folder: Path, config: RunConfig, problems: Sequence[Problem], scoring: Scoring, *, quiet: bool
 ) -> tuple[Session, State, Prompt]:
     """Everything that stays from step to step, the state to go on from, and the longest prompt there is."""
-    torch.manual_seed(config.seed)  # the adapter's first weights; everything later draws from hashes of the seed
+    torch.manual_seed(config.seed)  # for code of the user's own; everything of ours draws from hashes of the seed
     policy = budgets.loaded(config)
     longest = budgets.longest_prompt(config, policy, problems)
     plan = budgets.planned(config, policy, longest)
     optimizer = build_optimizer(policy.trained(), config.optim)
     last = checkpoint.latest(folder)
-    state = checkpoint.restore(last, policy.trained(), optimizer, problems) if last else State()
+    state = checkpoint.restore(last, policy.trained(), optimizer, problems, policy.handle) if last else State()
     budgets.settle_pieces(state, config, plan)
     goes_on = state.step < config.steps
     report.cut_logs(folder, state.step, final=goes_on and bool(config.eval_every and state.step % config.eval_every))
@@ -164,6 +164,8 @@ def _open(
     engine = config.sampler.open(policy, state.wave_tokens)
     give_back(policy.device)  # joining weights leaves holes
     fresh = _fresh_prompts(config, policy, problems)
+    if not last and policy.handle is not None and policy.handle.wants_prompts:
+        policy.handle.prepare(policy, fresh.take(0, config.sampling.num_prompts)[0])
     trunk_layer, why_none = budgets.trunk_layer(config, policy, engine, plan)
     session = Session(
         folder, config, problems, fresh, scoring, policy, engine, optimizer, reporter, plan, state.step, trunk_layer

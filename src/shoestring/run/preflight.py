@@ -16,6 +16,7 @@ from shoestring.memory.budget import budget_bytes, check_room, context_bytes
 from shoestring.memory.plan import Plan, check, predict
 from shoestring.memory.prompt_length import longest_problems
 from shoestring.model.chat import Reader
+from shoestring.model.fast.decoder import unsupported
 from shoestring.model.load import load_tokenizer
 from shoestring.model.policy import Policy
 from shoestring.model.shapes import read_shape
@@ -84,6 +85,7 @@ def loaded(config: RunConfig) -> Policy:
         policy = load_policy(
             config.model,
             adapter=config.adapter,
+            seed=config.seed,
             keep_reference=config.objective.beta > 0,
             device=config.execution.device,
         )
@@ -181,10 +183,32 @@ def describe(plan: Plan) -> str:
     )
 
 
+def other_paths(plan: Plan, policy: Policy, engine: Engine) -> str:
+    """Where a run went another way than the memory plan assumed; empty if nowhere."""
+    work = plan.work
+    pairs = {
+        "sampling by our own decode step": (work.graph, getattr(engine, "keeps_trunk", False)),
+        "training by our own layers": (work.own_layers, policy.own_layers),
+        "training over token trees": (work.trees, policy.takes_trees),
+    }
+    differ = [name for name, (planned, taken) in pairs.items() if planned != taken]
+    if not differ:
+        return ""
+    return (
+        f"The memory plan is off: {' and '.join(differ)} was planned otherwise than it was done "
+        f"(plan: {work.slow or 'the fast path'}; done: {unsupported(policy.base, policy.handle) or 'the fast path'}). "
+        "Please report the model and the adapter."
+    )
+
+
 def compare(session: Session, clock: Clock) -> None:
-    """Measured beside predicted, after the first step."""
+    """Compare what was planned with what happened, after the first step: the paths taken, and on a GPU the memory."""
     plan, device = session.plan, session.policy.device
-    if plan is None or device.type != "cuda":
+    if plan is None:
+        return
+    if differ := other_paths(plan, session.policy, session.engine):
+        session.reporter.warn(differ)
+    if device.type != "cuda":
         return
     predicted = {phase.phase: phase.bytes for phase in plan.phases}
     rows = [

@@ -41,7 +41,7 @@ class Session:
     """The layer in front of which sampling keeps the residual stream for training."""
 
     def save(self, state: State) -> None:
-        checkpoint.save(self.folder, self.policy.trained(), self.optimizer, state)
+        checkpoint.save(self.folder, self.policy.trained(), self.optimizer, state, self.policy.handle)
         if self.config.save_total_limit:
             checkpoint.prune(self.folder, self.config.save_total_limit)
 

@@ -39,7 +39,14 @@ from shoestring.tasks import TASKS
 from shoestring.tasks.file import File
 from shoestring.training.batch import cut_rows, pad_rows
 from shoestring.training.micro_batching import Pieces
-from shoestring.training.update import build_optimizer, clip_gradient, learning_rate, take_gradient
+from shoestring.training.update import (
+    apply,
+    build_optimizer,
+    clip_gradient,
+    learning_rate,
+    penalise,
+    take_gradient,
+)
 from shoestring.types import Problem, Row
 
 
@@ -151,7 +158,7 @@ def _load(config: SftConfig) -> Policy:
     """Trained whole, weights are held in fp32: a bf16 weight would round most of its small updates away."""
     whole = config.adapter.name == "none"
     model = config.model.model_copy(update={"dtype": "fp32"}) if whole else config.model
-    return load_policy(model, adapter=config.adapter, device=config.execution.device)
+    return load_policy(model, adapter=config.adapter, seed=config.seed, device=config.execution.device)
 
 
 def _rows(policy: Policy, config: SftConfig, problems: Sequence[Problem]) -> tuple[list[Row], int]:
@@ -179,7 +186,7 @@ def _train(
     """The steps that are left, until the last or a signal, then the model's folder; the loss of each step."""
     optimizer = build_optimizer(policy.trained(), config.optim)
     last = checkpoint.latest(folder)
-    state = checkpoint.restore(last, policy.trained(), optimizer) if last else checkpoint.State()
+    state = checkpoint.restore(last, policy.trained(), optimizer, handle=policy.handle) if last else checkpoint.State()
     report.cut_logs(folder, state.step)
     done = list(report.read_lines(folder / "metrics.jsonl"))
     losses, started = [line["loss"] for line in done], time.perf_counter() - (done[-1]["seconds"] if done else 0)
@@ -192,7 +199,7 @@ def _train(
         )
 
     def save() -> None:
-        checkpoint.save(folder, policy.trained(), optimizer, state)
+        checkpoint.save(folder, policy.trained(), optimizer, state, policy.handle)
         checkpoint.prune(folder, 1)
 
     to_go_on = f"{command()} sft --resume {quoted(folder)}"
@@ -235,10 +242,11 @@ def _update(
 ) -> tuple[float, bool]:
     """The norm of the gradient, and whether the step was taken, which a number that is not finite prevents."""
     set_learning_rate(optimizer, lr)
+    loss += penalise(policy)
     norm = float(clip_gradient(list(policy.trained().values()), config.optim.max_grad_norm))
     applied = math.isfinite(norm) and math.isfinite(loss)
     if applied:
-        optimizer.step()
+        apply(policy, optimizer)
     optimizer.zero_grad(set_to_none=True)
     return norm, applied
 
@@ -260,7 +268,7 @@ def _backward(policy: Policy, config: SftConfig, rows: list[Row]) -> float:
 
 def _save(policy: Policy, config: SftConfig, target: Path) -> None:
     policy.base.float()  # an adapter is added in fp32, and the sum rounded once
-    model: Any = policy.base if policy.adapted is None else policy.adapted.merge_and_unload()  # type: ignore[operator]
+    model: Any = policy.base if policy.handle is None else policy.handle.merged()
     dtype = models.torch_dtype(config.save_dtype, policy.device)
     runs.replace_folder(target, lambda draft: save_model(model.to(dtype=dtype), policy, draft))
 
@@ -296,6 +304,6 @@ def merge(name: str, out: str) -> Path:
     dtype = stored or models.torch_dtype(saved.dtype, torch.device("cpu"))
     if whole is not None:
         dtype = checkpoint.weights_dtype(whole)
-    merged: Any = policy.base if whole else policy.adapted.merge_and_unload()  # type: ignore[operator,union-attr]
+    merged: Any = policy.base if policy.handle is None else policy.handle.merged()
     runs.replace_folder(target, lambda draft: save_model(merged.to(dtype=dtype), policy, draft))
     return target

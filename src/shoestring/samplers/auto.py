@@ -20,7 +20,7 @@ class AutoSampler(Settings):
     exact: ClassVar[bool] = True
 
     def open(self, policy: Policy, wave_tokens: int | None = None) -> GraphEngine | HfEngine:
-        reason = unsupported(policy.base)
+        reason = unsupported(policy.base, policy.handle)
         if not reason:
             return GraphEngine(policy, wave_tokens)
         log.warning('Completions are sampled through transformers (sampler "hf"), which is slower: %s.', reason)

@@ -41,7 +41,7 @@ class GraphSampler(Settings):
     exact: ClassVar[bool] = True
 
     def open(self, policy: Policy, wave_tokens: int | None = None) -> GraphEngine:
-        reason = unsupported(policy.base)
+        reason = unsupported(policy.base, policy.handle)
         if reason:
             raise ConfigError('sampler.name is "graph"', f"it cannot run this model: {reason}", 'use "auto" or "hf"')
         return GraphEngine(policy, wave_tokens)

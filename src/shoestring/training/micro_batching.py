@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shoestring.allocator import OutOfMemory, is_out_of_memory, shrinking
 from shoestring.config.run import RunConfig
 from shoestring.config.sizes import size_text
+from shoestring.model.adapter import AdapterState, Handle
 from shoestring.model.policy import Policy
 from shoestring.model.sampling import Sampling
 from shoestring.model.trees import cost, cut_tree, pack_rows
@@ -44,17 +45,22 @@ class Snapshot:
     _weights: dict[str, Tensor] = field(default_factory=dict)
     _state: dict[str, Tensor] = field(default_factory=dict)
     _values: dict[str, Any] = field(default_factory=dict)
+    handle: Handle | None = None
+    _moving: AdapterState | None = None
 
     @classmethod
     @contextmanager
     def taken(cls, policy: Policy, optimizer: torch.optim.Optimizer, *, copied: bool) -> Iterator[Snapshot]:
         """For optimizer steps, each behind a backward pass; `copied` unless they take no memory."""
         parameters = policy.trained()
-        own = cls(parameters, optimizer)
+        own = cls(parameters, optimizer, handle=policy.handle)
         if copied:
             state, values = state_of(optimizer, parameters)
             if sum(t.nbytes for t in (*parameters.values(), *state.values())) <= _COPIED:
                 own._weights, own._state, own._values = _on_host(parameters), _on_host(state), values
+                if policy.handle is not None:
+                    moving = policy.handle.moving()
+                    own._moving = AdapterState(_on_host(moving.tensors), dict(moving.values))
         handle = optimizer.register_step_pre_hook(lambda *_: own.begun.append(True))
         try:
             yield own
@@ -76,6 +82,8 @@ class Snapshot:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self._weights[name])
+        if self.handle is not None and self._moving is not None:
+            self.handle.load_moving(self._moving)
         load_state(self.optimizer, self.parameters, self._state, self._values)
         self.begun.clear()
 
@@ -154,7 +162,7 @@ def rehearse(
         optimizer.zero_grad(set_to_none=True)
 
     def undo() -> None:
-        optimizer.zero_grad(set_to_none=True)
+        policy.drop_gradients()
         if spare:
             spare.undo()
 

@@ -85,13 +85,14 @@ def update(
             penalty = l2_loss(parameters, objective.l2)
             take_gradient(penalty)
             loss += penalty.item()
+        loss += penalise(policy)
         norm = float(clip_gradient(parameters, max_grad_norm))
         if not (math.isfinite(norm) and math.isfinite(loss)):
             optimizer.zero_grad(set_to_none=True)
             culprits = _culprits(policy, batches, objective, temperature, checkpointing)
             return report._replace(loss=loss, grad_norm=norm, applied=number > 0, culprits=culprits, finite=False)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        apply(policy, optimizer)
+        parameters = list(policy.trained().values())
         report = UpdateReport(
             loss,
             norm,
@@ -130,9 +131,41 @@ def backward(
             before = old[index] = logprob.detach()
         found = objective_loss(logprob, before, reference, batch, objective)
         take_gradient(found.loss * _scale(policy))
+    policy.pull_back()
     gap = (logprob.detach() - batch.sampler_logprob).abs().sum()
     sums = (found.loss.detach(), found.kl, found.clipped, gap, found.importance, found.capped)
     return torch.stack([part.to(policy.device, torch.float32) for part in sums])
+
+
+def penalise(policy: Policy) -> float:
+    """Add the gradient of the adapter's own term of the loss; return its value."""
+    penalty = policy.handle.penalty() if policy.handle is not None else None
+    if penalty is None:
+        return 0.0
+    take_gradient(penalty)
+    return penalty.item()
+
+
+def apply(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """One step of the optimizer, with the adapter's own part before and after it; the gradients are gone then."""
+    handle = policy.handle
+    if handle is not None:
+        handle.after_backward(handle.updates)
+    optimizer.step()
+    if handle is not None:
+        handle.updates += 1
+        if handle.after_step(handle.updates - 1):
+            policy.parameters_changed()
+            _train_instead(optimizer, list(policy.trained().values()))
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _train_instead(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Have the optimizer train other parameters: those that stay keep their state, new ones start without any."""
+    optimizer.param_groups[0]["params"] = parameters
+    kept = {id(parameter) for parameter in parameters}
+    for parameter in [p for p in optimizer.state if id(p) not in kept]:
+        del optimizer.state[parameter]
 
 
 def take_gradient(loss: Tensor) -> None:
@@ -177,6 +210,5 @@ def _culprits(
         grads = [p.grad for p in parameters if p.grad is not None]
         if not (math.isfinite(loss) and all(bool(torch.isfinite(grad).all()) for grad in grads)):
             found.append(batch.problem_ids[0])
-        for parameter in parameters:
-            parameter.grad = None
+        policy.drop_gradients()
     return tuple(dict.fromkeys(found))

@@ -2,7 +2,7 @@
 
 The products of one input are fused: q, k and v (gate and up) become rows of one storage, of which the model's own
 weights are views, so nothing is copied and nothing else notices. LoRA (arXiv 2106.09685) stays beside the base weights,
-as two thin products for each fused one.
+as two thin products for each fused one; so does every other adapter that has factors (`shoestring.model.adapter`).
 """
 
 from __future__ import annotations
@@ -13,51 +13,42 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from shoestring.model.fast.linear import Product, _base, _shared_out
+from shoestring.model.fast.linear import Part, Product, _base, _shared_out
 from shoestring.model.fast.operations import Heads, Operations, Stream, Table
 from shoestring.model.fast.torch_operations import Plain, keep_entropy
 from shoestring.model.fast.triton_operations import Fused
 from shoestring.model.fast.triton_training import has_flash
 from shoestring.model.sampling import Sampling
+from shoestring.model.traits import MODELS, traits_of, unknown_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Families whose layer is: norm, q k v, rotary embedding, attention, o, norm, SwiGLU.
-MODELS = ("qwen2", "qwen3", "llama", "mistral")
+    from shoestring.model.adapter import Factors, Handle
+
 # Linear modules of a layer that share an input, and are one product.
 PRODUCTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-# Rotary embeddings whose frequencies do not change with the length of the text.
-_ROPE = ("default", "linear", "llama3", "yarn")
 
 
-def unsupported(model: PreTrainedModel) -> str:
-    """Why this model has no decode step here; empty if it has one."""
+def unsupported(model: PreTrainedModel, handle: Handle | None = None) -> str:
+    """Why this model, with the adapter of `handle` in it, has no decode step here; empty if it has one."""
     base: Any = model
-    config = base.config
-    if config.model_type not in MODELS:
-        return f'models of type "{config.model_type}" are not among {", ".join(MODELS)}'
-    rope = getattr(base.base_model.rotary_emb, "rope_type", "default")
-    if rope not in _ROPE:
-        return f'its rotary embedding is of type "{rope}"'
-    if config.hidden_act not in ("silu", "swish"):
-        return f'its activation is "{config.hidden_act}"'
+    traits = traits_of(base.config.to_dict())
+    gpu = base.device.type == "cuda"
+    if traits.model_type not in MODELS:
+        return unknown_layers(traits, 0, gpu=gpu)
+    size = base.base_model.layers[0].self_attn.head_dim
+    rotary = base.base_model.rotary_emb
+    rope = getattr(rotary, "rope_type", "default")
+    share = 2 * len(rotary.inv_freq) / size
+    reason = unknown_layers(traits._replace(rope=rope, rotary_share=share), size, gpu=gpu)
+    if reason:
+        return reason
     if type(base.lm_head) is not nn.Linear:
         return "there is an adapter on its vocabulary matrix"
-    size = base.base_model.layers[0].self_attn.head_dim
-    if 2 * len(base.base_model.rotary_emb.inv_freq) != size:
-        return "its rotary embedding turns a part of each head only"
-    if base.device.type == "cuda" and (size not in (16, 32, 64, 128, 256) or not _has_triton()):
-        return f"its heads have {size} places" if _has_triton() else "Triton is not installed"
     if base.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its weights are {base.dtype}"
-    return next((reason for m in _linears(base) if (reason := _odd(m))), "")
-
-
-def _has_triton() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("triton") is not None
+    return next((reason for m in _linears(base) if (reason := _odd(m, handle))), "")
 
 
 def _linears(base: Any) -> list[Any]:
@@ -72,19 +63,16 @@ def _named(layer: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _odd(module: Any) -> str:
+def _odd(module: Any, handle: Handle | None) -> str:
     """What is unknown about a linear module, if anything is."""
     linear = _base(module)
     if type(linear) is not nn.Linear and type(linear).__name__ != "Linear4bit":
         return f"a layer holds a {type(linear).__name__}"
     if linear is module:
         return ""
-    plain = type(module).__name__ in ("Linear", "Linear4bit") and hasattr(module, "lora_A")
-    names = list(getattr(module, "active_adapters", []))
-    if not plain or len(names) != 1 or getattr(module, "lora_variant", {}) or module.merged:
-        return "its adapter is more than plain LoRA"
-    ups = [module.lora_B[name] for name in names if name in module.lora_B]
-    return "its LoRA has a bias" if any(up.bias is not None for up in ups) else ""
+    with torch.no_grad():
+        factors = handle.factors(module) if handle is not None else None
+    return "its adapter is no product of two thin matrices" if factors is None else ""
 
 
 def join_on(model: Any, device: torch.device) -> None:
@@ -120,7 +108,8 @@ class Layer:
 class Decoder:
     """The decode step of one model, with the adapter in it."""
 
-    def __init__(self, base: Any):
+    def __init__(self, base: Any, handle: Handle | None = None):
+        self.handle = handle
         config, model = base.config, base.base_model
         self.device = base.device
         self.dtype = base.dtype
@@ -143,13 +132,18 @@ class Decoder:
         self.layers = [self._layer(layer, index, config) for index, layer in enumerate(model.layers)]
         self.hidden_size, self.vocab_size = config.hidden_size, len(self._head.weight)
         self._weights = [weight for product in self.products for weight in product.weights]
-        self._adapters = [list(part) for part in zip(*(p for x in self.products for p in x.parts), strict=True)]
+        parts = [part for product in self.products for part in product.parts]
+        self._computed = [part for part in parts if part.computed]
+        own = [(p.down_rows, p.down, p.up_block, p.up, p.scaling) for p in parts if not p.computed]
+        self._adapters = [list(column) for column in zip(*own, strict=True)]
         self.sync()
 
     def _layer(self, layer: Any, index: int, config: Any) -> Layer:
         named = dict(_named(layer))
         attention = layer.self_attn
-        qkv, out, gate_up, down = (Product([named[name] for name in names], self.dtype) for names in PRODUCTS)
+        qkv, out, gate_up, down = (
+            Product([named[name] for name in names], self.dtype, self.handle) for names in PRODUCTS
+        )
         norms = (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
         return Layer(
             qkv,
@@ -176,13 +170,41 @@ class Decoder:
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Takes over the adapter's weights as they are now."""
+        """Take over the adapter's weights as they are now."""
+        for part in self._computed:
+            part.fill(self._factors(part))
         if not self._adapters:
             return
         down, a, up, b, scaling = self._adapters
         torch._foreach_copy_(down, a)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_copy_(up, b)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_mul_(up, scaling)  # pyright: ignore[reportPrivateImportUsage]
+
+    def pull_back(self) -> None:
+        """Add the gradients that computed factors have gathered to those of the parameters they are computed from."""
+        roots: list[Tensor] = []
+        grads: list[Tensor] = []
+        for part in self._computed:
+            if part.gathered:
+                with torch.enable_grad():
+                    found = part.gradients(self._factors(part))
+                roots += [root for root, _ in found]
+                grads += [grad for _, grad in found]
+        if roots:  # on this thread: one of autograd's own would have a cuBLAS workspace of its own
+            with torch.autograd.set_multithreading_enabled(False):
+                torch.autograd.backward(roots, grads)
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients that computed factors have gathered."""
+        for part in self._computed:
+            part.drop_gradients()
+
+    def _factors(self, part: Part) -> Factors:
+        assert self.handle is not None
+        factors = self.handle.factors(part.module)
+        assert factors is not None, "an adapter has lost its factors"
+        return factors
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, V] from the last norm's output, [B, H]."""

@@ -1,7 +1,7 @@
 """The decoder layers in training, over the products of the decode step: each layer is one autograd function whose way
 back is written out, so that little is kept and few operations are launched.
 
-Nothing but LoRA matrices gets a gradient. The way through transformers is the reference.
+Nothing but an adapter's factors gets a gradient. The way through transformers is the reference.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shoestring.model.fast.decoder import Decoder, Layer
@@ -96,13 +96,16 @@ class Pass(NamedTuple):
         found, mass = do.attend_rows(*do.spread(normed, self.paths, self.decoder.heads), self.paths, layer.window)
         return found.flatten(1), mass
 
-    def attention_back(self, grad: Tensor, qkv: Tensor, found: Tensor, mass: Tensor | None, layer: Layer) -> Tensor:
+    def attention_back(
+        self, grad: Tensor, qkv: Tensor, found: Tensor | None, mass: Tensor | None, layer: Layer
+    ) -> Tensor:
         """The gradient of `qkv`, from that of what `attention` has `found`."""
         with torch.enable_grad():
             leaf = qkv.detach().requires_grad_()
             normed = self._normed(leaf, layer)
             again = self._over_paths(normed, layer) if mass is None else normed
         if mass is not None:
+            assert found is not None
             do, heads = self.decoder.operations, self.decoder.heads
             given = do.spread(normed.detach(), self.paths, heads)
             grad, found = grad.view(given[0].shape), found.view(given[0].shape)
@@ -153,11 +156,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor) -> Tensor:
     return (weights.view(blocks, kv, -1, width) @ v).view(blocks, heads, width, size)
 
 
-def _trained(layer: Layer) -> nn.Parameter | None:
-    """One of a layer's trained matrices: for it autograd comes back to a layer whose input needs no gradient."""
+def _trained(layer: Layer) -> Tensor | None:
+    """A leaf of a layer's trained factors: for it autograd comes back to a layer whose input needs no gradient."""
     products = (layer.qkv, layer.out, layer.gate_up, layer.down)
-    matrices = (matrix for product in products for _, a, _, b, _ in product.parts for matrix in (a, b))
-    return next((matrix for matrix in matrices if matrix.requires_grad), None)
+    leaves = (part.leaf() for product in products for part in product.parts)
+    return next((leaf for leaf in leaves if leaf is not None), None)
 
 
 class _Kept(NamedTuple):
@@ -165,7 +168,8 @@ class _Kept(NamedTuple):
 
     qkv: Tensor
     qkv_inner: Tensor | None
-    attended: Tensor
+    attended: Tensor | None
+    """Left out where neither the way back through attention nor a factor needs it."""
     mass: Tensor | None
     """[heads, T], of `Operations.attend_rows`."""
     out_inner: Tensor | None
@@ -183,14 +187,15 @@ def _forward(x: Tensor, layer: Layer, how: Pass) -> _Kept:
     out, out_inner = layer.out.run(attended, adapted=how.adapted)
     normed = do.add_norm(out, x, layer.second_norm, eps)
     gate_up, gate_up_inner = layer.gate_up.run(normed, adapted=how.adapted)
-    return _Kept(qkv, qkv_inner, attended, mass, out_inner, out, gate_up, gate_up_inner)
+    kept = attended if mass is not None or layer.out.keeps_input else None
+    return _Kept(qkv, qkv_inner, kept, mass, out_inner, out, gate_up, gate_up_inner)
 
 
 class _Step(torch.autograd.Function):
     """One decoder layer, [T, H] to [T, H]. Its way back adds the adapter's gradients to the parameters' own."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer, how: Pass, trained: nn.Parameter | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: Layer, how: Pass, trained: Tensor | None) -> Tensor:
         kept = _forward(x, layer, how)
         ctx.layer, ctx.how = layer, how
         ctx.save_for_backward(x, *(() if how.recompute else kept))
@@ -222,7 +227,8 @@ def _back_through_mlp(grad: Tensor, kept: _Kept, layer: Layer, how: Pass) -> Ten
     del active
     normed, of_inner = layer.gate_up.back(kept.gate_up, adapted=how.adapted)
     assert normed is not None
-    found = do.norm_back(normed, kept.middle, layer.second_norm, eps, grad, again=of_inner is not None)
+    again = of_inner is not None and layer.gate_up.keeps_input
+    found = do.norm_back(normed, kept.middle, layer.second_norm, eps, grad, again=again)
     if of_inner is not None:
         assert kept.gate_up_inner is not None
         layer.gate_up.add_gradients(kept.gate_up, of_inner, normed, kept.gate_up_inner)
@@ -244,10 +250,12 @@ def _back_through_attention(
     normed, of_inner = layer.qkv.back(of_qkv, adapted=how.adapted, through=through)
     found = None
     if normed is not None:
-        found = do.norm_back(normed, x, layer.first_norm, eps, grad, again=of_inner is not None)
+        again = of_inner is not None and layer.qkv.keeps_input
+        found = do.norm_back(normed, x, layer.first_norm, eps, grad, again=again)
     if of_inner is not None:
         assert kept.qkv_inner is not None
-        normed = normed if normed is not None else do.norm(x, layer.first_norm, eps)
+        if normed is None and layer.qkv.keeps_input:
+            normed = do.norm(x, layer.first_norm, eps)
         layer.qkv.add_gradients(of_qkv, of_inner, normed, kept.qkv_inner)
     return found
 

@@ -1,4 +1,4 @@
-"""The linear modules of a layer that share an input, as one product with LoRA."""
+"""The linear modules of a layer that share an input, as one product with the factors of an adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shoestring.model.matmul import add_product
 
 if TYPE_CHECKING:
-    pass
+    from shoestring.model.adapter import Factors, Handle
 
 
 # Rows of a storage are padded to this, to keep products on the tensor cores.
@@ -24,27 +24,85 @@ def _base(module: Any) -> Any:
     return module.base_layer if hasattr(module, "base_layer") else module
 
 
+@torch.enable_grad()
+def _factors(module: Any, handle: Handle | None) -> Factors | None:
+    """With gradient, which says what of them is trained."""
+    return handle.factors(module) if handle is not None and hasattr(module, "base_layer") else None
+
+
+class Gathered:
+    """Stands for a factor that is computed from parameters, and gathers its gradient."""
+
+    def __init__(self, factor: Tensor, trains: bool):
+        self._rows = len(factor)
+        self.dtype = factor.dtype
+        self.requires_grad = trains and factor.requires_grad
+        self.grad: Tensor | None = None
+        self.leaf = torch.empty(0, requires_grad=self.requires_grad)
+
+    def __len__(self) -> int:
+        return self._rows
+
+
+Slot = nn.Parameter | Gathered
+
+
 @dataclass(frozen=True)
-class _Thin:
-    """LoRA of one linear module: A [r, in], B [out, r], both as they are trained."""
+class Part:
+    """Where the factors of one linear module lie in a product, and where their gradients go."""
 
-    down: nn.Parameter
-    up: nn.Parameter
+    module: Any
+    outs: slice
+    ranks: slice
+    down_rows: Tensor
+    """Rows of the product's `down`, [r, in]."""
+    up_block: Tensor
+    """A block of the product's `up`, [out, r]."""
+    down: Slot
+    up: Slot
     scaling: float
+    down_trains: bool
+
+    @property
+    def computed(self) -> bool:
+        """Whether a factor is no parameter."""
+        return isinstance(self.down, Gathered) or isinstance(self.up, Gathered)
+
+    def fill(self, factors: Factors) -> None:
+        """Copy the values of the factors."""
+        self.down_rows.copy_(factors.down)
+        self.up_block.copy_(factors.up)
+        if factors.scaling != 1.0:
+            self.up_block.mul_(factors.scaling)
+
+    @property
+    def gathered(self) -> bool:
+        return any(isinstance(slot, Gathered) and slot.grad is not None for slot in (self.down, self.up))
+
+    def gradients(self, factors: Factors) -> list[tuple[Tensor, Tensor]]:
+        """The computed factors that have gathered a gradient, each with it."""
+        pairs = ((factors.down, self.down), (factors.up, self.up))
+        return [(f, slot.grad) for f, slot in pairs if isinstance(slot, Gathered) and slot.grad is not None]
+
+    def drop_gradients(self) -> None:
+        for slot in (self.down, self.up):
+            if isinstance(slot, Gathered):
+                slot.grad = None
+
+    def leaf(self) -> Tensor | None:
+        """A tensor for which autograd comes back to this part; None if nothing of it is trained."""
+        trained = (slot for slot in (self.down, self.up) if slot.requires_grad)
+        return next((slot.leaf if isinstance(slot, Gathered) else slot for slot in trained), None)
 
 
-def _thin(module: Any) -> _Thin | None:
-    names = [name for name in getattr(module, "active_adapters", []) if name in getattr(module, "lora_A", {})]
-    if not names:
-        return None
-    name = names[0]
-    return _Thin(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+def _slot(factor: Tensor, trains: bool = True) -> Slot:
+    return factor if isinstance(factor, nn.Parameter) and trains else Gathered(factor, trains)
 
 
 class Product:
     """One product for the linear modules that share an input: [B, in] -> [B, sum of outs]."""
 
-    def __init__(self, modules: Sequence[Any], dtype: torch.dtype):
+    def __init__(self, modules: Sequence[Any], dtype: torch.dtype, handle: Handle | None = None):
         self._linears = [_base(module) for module in modules]
         self.outs = sum(linear.out_features for linear in self._linears)
         self.weight = self.bias = None
@@ -52,31 +110,29 @@ class Product:
             biases = [linear.bias for linear in self._linears]
             self.weight = _joined([linear.weight for linear in self._linears])
             self.bias = _joined(biases) if all(bias is not None for bias in biases) else None
-        ranks = sum(len(thin.down) for module in modules if (thin := _thin(module)) is not None)
+        adapted = [_factors(module, handle) for module in modules]
+        ranks = sum(len(factors.down) for factors in adapted if factors is not None)
         self._tail = -(-ranks // _ALIGNED) * _ALIGNED
         options: dict[str, Any] = {"dtype": dtype, "device": self._linears[0].weight.device}
         self.down = torch.zeros(self._tail, self._linears[0].in_features, **options)
         self.up = torch.zeros(self.outs, self._tail, **options)
-        self._parts = self._cut(modules)
+        self.parts = self._cut(modules, adapted)
+        self.keeps_input = any(part.down_trains for part in self.parts)
+        """Whether some gradient needs the product's input."""
 
-    def _cut(self, modules: Sequence[Any]) -> list[tuple[Tensor, nn.Parameter, Tensor, nn.Parameter, float]]:
-        """Where each adapter's A and B go: (rows of `down`, A, block of `up`, B, scaling)."""
+    def _cut(self, modules: Sequence[Any], adapted: Sequence[Factors | None]) -> list[Part]:
+        """Where each module's factors go."""
         parts, out, rank = [], 0, 0
-        self._blocks: list[tuple[slice, slice]] = []
-        for module in modules:
+        for module, factors in zip(modules, adapted, strict=True):
             size = _base(module).out_features
-            thin = _thin(module)
-            if thin is not None:
-                outs, ranks = slice(out, out + size), slice(rank, rank + len(thin.down))
-                self._blocks.append((outs, ranks))
-                parts.append((self.down[ranks], thin.down, self.up[outs, ranks], thin.up, thin.scaling))
-                rank += len(thin.down)
+            if factors is not None:
+                outs, ranks = slice(out, out + size), slice(rank, rank + len(factors.down))
+                down, up = _slot(factors.down, factors.down_trains), _slot(factors.up)
+                views = self.down[ranks], self.up[outs, ranks]
+                parts.append(Part(module, outs, ranks, *views, down, up, factors.scaling, factors.down_trains))
+                rank += len(factors.down)
             out += size
         return parts
-
-    @property
-    def parts(self) -> list[tuple[Tensor, nn.Parameter, Tensor, nn.Parameter, float]]:
-        return self._parts
 
     @property
     def weights(self) -> list[tuple[dict[str, Any], str, nn.Parameter, int]]:
@@ -141,12 +197,19 @@ class Product:
             found.addmm_(pulled, self.down)
         return found, pulled
 
-    def add_gradients(self, grad: Tensor, pulled: Tensor, x: Tensor, inner: Tensor) -> None:
-        """Adds those of each A and B to the parameters' own, from those of the product and of what A gave."""
-        ranks = sum(len(a) for _, a, *_ in self._parts)
-        _add_gradient([a for _, a, *_ in self._parts], pulled[:, :ranks].T, x)
-        for (out, rank), (*_, b, scaling) in zip(self._blocks, self._parts, strict=True):
-            _add_gradient([b], grad[:, out].T, inner[:, rank], scaling)
+    def add_gradients(self, grad: Tensor, pulled: Tensor, x: Tensor | None, inner: Tensor) -> None:
+        """Add those of each factor to its own, from those of the product and of what `down` gave. Without trained
+        `down` there is no need of `x`."""
+        if all(part.down_trains for part in self.parts):
+            assert x is not None
+            _add_gradient([part.down for part in self.parts], pulled[:, : self.parts[-1].ranks.stop].T, x)
+        elif self.keeps_input:
+            assert x is not None
+            for part in self.parts:
+                if part.down_trains:
+                    _add_gradient([part.down], pulled[:, part.ranks].T, x)
+        for part in self.parts:
+            _add_gradient([part.up], grad[:, part.outs].T, inner[:, part.ranks], part.scaling)
 
     def _back_through(self, grad: Tensor) -> Tensor:
         """[B, in], through the base weights."""
@@ -168,7 +231,7 @@ def _dequantised(linear: Any, dtype: torch.dtype) -> Tensor:
     return dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(dtype)
 
 
-def _add_gradient(parameters: Sequence[nn.Parameter], a: Tensor, b: Tensor, scaling: float = 1.0) -> None:
+def _add_gradient(parameters: Sequence[Slot], a: Tensor, b: Tensor, scaling: float = 1.0) -> None:
     """Adds scaling a b, whose rows are those of the parameters, to their gradients, which come to lie joined."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if len(grads) == len(parameters):

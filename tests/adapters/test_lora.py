@@ -1,4 +1,4 @@
-"""The adapters: the contract runs over the table; then what is LoRA's own."""
+"""What is LoRA's own; tests/adapters/test_contracts.py holds what all adapters share."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from shoestring.adapters import ADAPTERS
 from shoestring.errors import ConfigError
-from shoestring.model.structure import chosen_layers, decoder_layers, quiet_peft
+from shoestring.model.structure import chosen_layers, decoder_layers
 from tiny import FAMILIES, VOCAB, random_model
 
 IDS = torch.tensor([[260, 17, 18, 9, 30, 44, 5]])
@@ -30,7 +28,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def attached(name: str, family: str = "qwen2", **settings: Any) -> nn.Module:
-    return ADAPTERS[name](**settings).attach(random_model(family)).eval()
+    return ADAPTERS[name](**settings).attach(random_model(family), 0).model.eval()
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -53,106 +51,6 @@ def places(model: nn.Module) -> dict[int, set[str]]:
         assert match, name
         found.setdefault(int(match[1]), set()).add(match[2])
     return found
-
-
-BESIDE = [name for name in ADAPTERS if name != "none"]  # those that add weights beside the base model's
-
-# --- the contract ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_a_fresh_adapter_changes_nothing_at_all(name: str, family: str) -> None:
-    assert torch.equal(logits(attached(name, family)), logits(random_model(family)))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_a_fresh_adapter_changes_nothing_at_all_on_a_short_base(name: str, dtype: torch.dtype) -> None:
-    adapted = ADAPTERS[name]().attach(random_model(dtype=dtype)).eval()
-    assert torch.equal(logits(adapted), logits(random_model(dtype=dtype)))
-
-
-@pytest.mark.parametrize("family", ["qwen2", "phi3", "gpt2"])
-@pytest.mark.parametrize("name", BESIDE)
-def test_only_the_adapters_own_weights_are_trained(name: str, family: str) -> None:
-    base = random_model(family)
-    own = {id(p) for p in base.parameters()}
-    adapted = ADAPTERS[name]().attach(base)
-    assert trained(adapted)
-    assert all((id(p) in own) != p.requires_grad for p in adapted.parameters())
-    assert own <= {id(p) for p in adapted.parameters()}  # one copy of the base, and it is the one that was given
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", BESIDE)
-def test_adapter_weights_are_fp32_whatever_the_base(name: str, dtype: torch.dtype) -> None:
-    adapted = ADAPTERS[name]().attach(random_model(dtype=dtype)).eval()
-    assert {p.dtype for p in trained(adapted).values()} == {torch.float32}
-    assert {p.dtype for p in adapted.parameters() if not p.requires_grad} == {dtype}
-    adapted(input_ids=IDS).logits.float().logsumexp(-1).sum().backward()
-    gradients = [p.grad for p in trained(adapted).values() if p.grad is not None]
-    assert {g.dtype for g in gradients} == {torch.float32}
-    assert sum(float(g.abs().sum()) for g in gradients) > 0
-
-
-@pytest.mark.parametrize("family", ["qwen2", "phi3", "gpt2"])
-@pytest.mark.parametrize("name", BESIDE)
-def test_saved_weights_load_with_plain_peft(name: str, family: str) -> None:
-    random_model(family).save_pretrained("base")
-    adapted = ADAPTERS[name]().attach(AutoModelForCausalLM.from_pretrained("base")).eval()
-    disturb(adapted)
-    adapted.save_pretrained("adapter")
-    with quiet_peft():
-        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter").eval()
-    assert torch.equal(logits(loaded), logits(adapted))
-    assert not torch.equal(logits(loaded), logits(random_model(family)))
-
-
-@pytest.mark.parametrize("family", ["qwen2", "phi3", "gpt2"])
-@pytest.mark.parametrize("name", BESIDE)
-def test_switched_off_it_is_the_base(name: str, family: str) -> None:
-    adapted = attached(name, family)
-    disturb(adapted)
-    bare = logits(random_model(family))
-    on = logits(adapted)
-    assert not torch.equal(on, bare)
-    with adapted.disable_adapter():
-        assert torch.equal(logits(adapted), bare)
-    assert torch.equal(logits(adapted), on)
-
-
-@pytest.mark.parametrize("name", BESIDE)
-def test_the_same_seed_gives_the_same_first_weights(name: str) -> None:
-    def weights(seed: int) -> list[torch.Tensor]:
-        base = random_model()
-        torch.manual_seed(seed)
-        return list(trained(ADAPTERS[name]().attach(base)).values())
-
-    first, again, other = weights(3), weights(3), weights(4)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-
-
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_nothing_is_dropped_out_even_in_training_mode(name: str) -> None:
-    adapted = attached(name)
-    disturb(adapted)
-    quiet = logits(adapted)
-    adapted.train()
-    assert torch.equal(logits(adapted), quiet)
-    assert not [m for m in adapted.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-
-
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_the_settings_say_their_own_name_and_are_frozen(name: str) -> None:
-    settings = ADAPTERS[name]()
-    assert settings.name == name
-    with pytest.raises(Exception, match="frozen"):
-        settings.name = "other"
-
-
-# --- LoRA -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", LINEAR)
