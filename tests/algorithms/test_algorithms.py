@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from batches import collate
 from shoestring.algorithms import ALGORITHMS
 from shoestring.algorithms.t_spmo import distinct_pairs
 from shoestring.config.settings import pick
 from shoestring.errors import ConfigError
 from shoestring.objectives.loss import Objective, l2_loss, objective_loss, policy_loss
-from shoestring.training.batch import collate
 from shoestring.types import Completion, Group, Problem, Prompt, Score
 
 EOS = 0

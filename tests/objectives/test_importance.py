@@ -18,7 +18,7 @@ from shoestring.objectives.loss import Objective, importance_weights, objective_
 from shoestring.samplers import SAMPLERS
 from shoestring.training.batch import single_rows
 from shoestring.training.update import backward, update
-from shoestring.types import Batch
+from shoestring.types import Batch, TokenColumns
 from tiny import VOCAB, prompt, random_policy
 
 MODES = ("token-truncate", "token-mask", "sequence-truncate", "sequence-mask")
@@ -64,7 +64,9 @@ def places(advantage: list[float], sampler: list[float], row: list[int]) -> Batc
     ids = torch.zeros(max(row) + 1, num, dtype=torch.int64)
     logprob = torch.tensor(sampler).log()
     names = tuple(f"p{r}" for r in range(max(row) + 1))
-    return Batch(ids, torch.tensor(row), zeros, zeros, torch.tensor(advantage), ones, ones, logprob, names)
+    return Batch(
+        ids, torch.tensor(row), zeros, TokenColumns(zeros, torch.tensor(advantage), ones, ones, logprob), names
+    )
 
 
 def test_the_weight_multiplies_the_policy_part_and_not_the_kl() -> None:
@@ -120,10 +122,10 @@ def random_batch() -> Batch:
     ids = torch.randint(0, VOCAB, (3, 9), generator=generator)
     advantage = torch.randn(12, generator=generator)
     each = torch.full((12,), 1 / 12)
-    batch = Batch(ids, row, col, target, advantage, each, each, torch.zeros(12), ("a", "b", "c"))
+    batch = Batch(ids, row, col, TokenColumns(target, advantage, each, each, torch.zeros(12)), ("a", "b", "c"))
     with torch.no_grad():
         off = policy.logprobs(batch) + 0.5 * torch.randn(12, generator=generator)
-    return Batch(ids, row, col, target, advantage, each, each, off, ("a", "b", "c"))
+    return Batch(ids, row, col, TokenColumns(target, advantage, each, each, off), ("a", "b", "c"))
 
 
 def taken_gradient(policy: Policy) -> Tensor:
@@ -177,7 +179,7 @@ def enumerated() -> Enumerated:
     last = torch.full((VOCAB,), ids.shape[1] - 1)
     names = tuple(map(str, every.tolist()))
     chance = logprob.exp()
-    batch = Batch(ids.expand(VOCAB, -1), every, last, every, reward, chance, chance, logprob, names)
+    batch = Batch(ids.expand(VOCAB, -1), every, last, TokenColumns(every, reward, chance, chance, logprob), names)
     return Enumerated(policy, batch, reward)
 
 
@@ -207,7 +209,9 @@ def test_only_the_rows_own_weight_is_exact_for_longer_completions() -> None:
     row = torch.arange(9).repeat_interleave(2)
     chance = sampler.view(9, 2).sum(1).exp().repeat_interleave(2)
     zeros = torch.zeros(18, dtype=torch.int64)
-    batch = Batch(torch.zeros(9, 2).long(), row, zeros, zeros, reward, chance, chance, sampler, ("p",) * 9)
+    batch = Batch(
+        torch.zeros(9, 2).long(), row, zeros, TokenColumns(zeros, reward, chance, chance, sampler), ("p",) * 9
+    )
 
     def gradient(loss: Tensor) -> Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(tables))])

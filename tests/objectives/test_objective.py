@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batches import collate
 from shoestring.algorithms.base import Replay
 from shoestring.curricula import replay
 from shoestring.objectives.loss import Objective, k3, l2_loss, objective_loss, policy_loss
-from shoestring.training.batch import collate, cut_rows, pad_rows, single_rows
-from shoestring.types import Batch, Completion, Credit, Group, Problem, Prompt, Row, Score, has_signal
+from shoestring.training.batch import cut_rows, pad_rows, single_rows
+from shoestring.types import Batch, Completion, Credit, Group, Problem, Prompt, Row, Score, TokenColumns, has_signal
 
 END = 99
 
@@ -101,11 +102,13 @@ def batch_of(advantage, weight, kl_weight):
         torch.zeros(1, num, dtype=torch.int64),
         torch.zeros(num, dtype=torch.int64),
         torch.arange(num),
-        torch.zeros(num, dtype=torch.int64),
-        torch.tensor(advantage),
-        torch.tensor(weight),
-        torch.tensor(kl_weight),
-        torch.zeros(num),
+        TokenColumns(
+            torch.zeros(num, dtype=torch.int64),
+            torch.tensor(advantage),
+            torch.tensor(weight),
+            torch.tensor(kl_weight),
+            torch.zeros(num),
+        ),
         ("p",),
     )
 
@@ -304,15 +307,15 @@ def test_single_rows_are_the_rows_of_the_batches(step, max_tokens):
     singles = list(single_rows(batches))
     assert [single.problem_ids for single in singles] == [(name,) for batch in batches for name in batch.problem_ids]
     assert all(single.input_ids.shape[0] == 1 and not single.row.any() for single in singles)
-    for field in dataclasses.fields(Batch):
-        if field.name not in {"input_ids", "row", "problem_ids", "paths", "trunk"}:
-            parts = [[getattr(batch, field.name) for batch in found] for found in (batches, singles)]
-            assert not batches or torch.equal(*(torch.cat(part) for part in parts)), field.name
+    for name in ("col", *WHAT):
+        parts = [[getattr(batch, name) for batch in found] for found in (batches, singles)]
+        assert not batches or torch.equal(*(torch.cat(part) for part in parts)), name
 
 
 def row_of(length):
     one = torch.ones(1)
-    return Row("p", tuple(range(1, length + 1)), torch.tensor([length - 1]), torch.tensor([7]), one, one, one, one)
+    columns = TokenColumns(torch.tensor([7]), one, one, one, one)
+    return Row("p", tuple(range(1, length + 1)), torch.tensor([length - 1]), columns)
 
 
 def test_cut_rows_fills_each_batch_as_far_as_it_goes():

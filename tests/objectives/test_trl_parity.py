@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import shoestring
+from batches import collate
 from shoestring.algorithms import ALGORITHMS
 from shoestring.model.policy import Policy
 from shoestring.objectives.loss import Objective, objective_loss
-from shoestring.training.batch import collate
 from shoestring.types import Completion, Group, Problem, Prompt, Score
 
 trl = pytest.importorskip("trl", reason="the comparison needs TRL, which only the test extra installs")

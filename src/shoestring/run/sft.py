@@ -39,7 +39,7 @@ from shoestring.tasks.file import File
 from shoestring.training.batch import cut_rows, pad_rows
 from shoestring.training.micro_batching import Pieces
 from shoestring.training.update import build_optimizer, check_optimizer, clip_gradient, learning_rate, take_gradient
-from shoestring.types import Problem, Row
+from shoestring.types import Problem, Row, TokenColumns
 
 
 class SftConfig(Settings):
@@ -165,7 +165,8 @@ def _rows(policy: Policy, config: SftConfig, problems: Sequence[Problem]) -> tup
             continue
         ones = torch.ones(len(answer))
         place = len(prompt) - 1 + torch.arange(len(answer))
-        rows.append(Row(problem.id, prompt + answer[:-1], place, torch.tensor(answer), ones, ones, ones, 0 * ones))
+        columns = TokenColumns(torch.tensor(answer), ones, ones, ones, 0 * ones)
+        rows.append(Row(problem.id, prompt + answer[:-1], place, columns))
     if not rows:
         raise DataError("no example is short enough", f"all are longer than {limit} tokens", "raise max_length")
     return rows, left_out

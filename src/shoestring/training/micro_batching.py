@@ -21,7 +21,7 @@ from shoestring.optimizers.adamw import takes_no_memory
 from shoestring.optimizers.base import moments, set_learning_rate
 from shoestring.training.batch import cut_rows, pad_rows, training_rows
 from shoestring.training.update import UpdateReport, backward, update
-from shoestring.types import Batch, Credit, Group, Prompt, Row, Trunk
+from shoestring.types import Batch, Credit, Group, Prompt, Row, TokenColumns, Trunk
 
 T = TypeVar("T")
 
@@ -186,11 +186,7 @@ def worst_batch(
             problem_id="rehearsal",
             token_ids=prompt.token_ids + tuple(ids[: count - 1].tolist()),
             col=torch.arange(count) + len(prompt.token_ids) - 1,
-            target=ids,
-            advantage=torch.ones(count),
-            weight=each,
-            kl_weight=each,
-            sampler_logprob=torch.zeros(count),
+            columns=TokenColumns(ids, torch.ones(count), each, each, torch.zeros(count)),
             group=place // sampling.num_completions,
             prompt_tokens=len(prompt.token_ids),
             trunk=trunks[place] if trunks else None,
