@@ -223,6 +223,8 @@ class Batch:
     """With it, the rows are paths of a tree, and `input_ids` are its nodes, [1, T]."""
     trunk: tuple[Tensor, ...] = ()
     """The residual stream of the nodes, T rows of [H] in all, where training starts from it."""
+    mini_batch: int = 0
+    """Which of the step's mini-batches this is a part of."""
 
     @property
     def target(self) -> Tensor:

@@ -14,7 +14,9 @@ from fake_engine import OwnWeights, OwnWeightsEngine
 from shoestring import ConfigError, train
 from shoestring.config import run as config
 from shoestring.model.policy import Policy
-from shoestring.objectives.loss import Objective, importance_weights, objective_loss
+from shoestring.objectives.base import Tokens
+from shoestring.objectives.importance import importance_weights
+from shoestring.objectives.loss import Objective, objective_loss
 from shoestring.samplers import SAMPLERS
 from shoestring.training.batch import single_rows
 from shoestring.training.update import backward, update
@@ -74,30 +76,32 @@ def test_the_weight_multiplies_the_policy_part_and_not_the_kl() -> None:
     batch = places([1.0, -0.5], [0.2, 0.1], [0, 0])
     logprob = torch.tensor([0.4, 0.6]).log().requires_grad_()
     reference = torch.tensor([0.4, 0.6]).log() + 0.1
-    report = objective_loss(logprob, logprob.detach(), reference, batch, objective("token-truncate", beta=0.5))
-    assert report.loss.item() == pytest.approx(-2 * 1.0 + 3 * 0.5 + 0.5 * 2 * 0.005171, abs=1e-5)
-    assert (report.importance.item(), report.capped.item()) == (pytest.approx(5.0), 1)
-    report.loss.backward()
+    tokens = Tokens(logprob, logprob.detach(), reference, batch.row)
+    loss, metrics = objective_loss(tokens, batch.columns, objective("token-truncate", beta=0.5))
+    assert loss.item() == pytest.approx(-2 * 1.0 + 3 * 0.5 + 0.5 * 2 * 0.005171, abs=1e-5)
+    assert metrics["importance_mean"].total.item() == pytest.approx(5.0)
+    assert metrics["importance_capped"].total.item() == 1
+    loss.backward()
     assert logprob.grad is not None
     assert logprob.grad.tolist() == pytest.approx([-2 - 0.5 * 0.105171, 1.5 - 0.5 * 0.105171], abs=1e-5)
 
 
 def test_the_weight_is_taken_to_the_old_policy_and_the_ratio_from_it() -> None:
     """Second update: old 0.4, now 0.44, sampler 0.2. Weight 2, ratio 1.1."""
-    report = objective_loss(
-        torch.tensor([0.44]).log(), torch.tensor([0.4]).log(), None, places([1.0], [0.2], [0]), objective(MODES[0])
-    )
-    assert report.loss.item() == pytest.approx(-2 * 1.1, abs=1e-5)
+    batch = places([1.0], [0.2], [0])
+    tokens = Tokens(torch.tensor([0.44]).log(), torch.tensor([0.4]).log(), None, batch.row)
+    loss, _ = objective_loss(tokens, batch.columns, objective(MODES[0]))
+    assert loss.item() == pytest.approx(-2 * 1.1, abs=1e-5)
 
 
 def test_without_correction_the_samplers_log_probs_do_not_count() -> None:
     logprob = torch.tensor([0.4, 0.6]).log()
+    batches = [places([1.0, -0.5], sampler, [0, 0]) for sampler in ([0.2, 0.1], [0.4, 0.6])]
     reports = [
-        objective_loss(logprob, logprob, None, places([1.0, -0.5], sampler, [0, 0]), objective("none"))
-        for sampler in ([0.2, 0.1], [0.4, 0.6])
+        objective_loss(Tokens(logprob, logprob, None, batch.row), batch.columns, objective("none")) for batch in batches
     ]
     assert reports[0] == reports[1]
-    assert (reports[0].importance.item(), reports[0].capped.item()) == (2.0, 0)
+    assert reports[0][1].keys() == {"clip_fraction", "loss"}
 
 
 @pytest.mark.parametrize("correction", MODES)
@@ -218,7 +222,8 @@ def test_only_the_rows_own_weight_is_exact_for_longer_completions() -> None:
 
     def expected(correction: str) -> Tensor:
         logprob = table_logprobs(*tables)
-        return gradient(-objective_loss(logprob, logprob.detach(), None, batch, objective(correction, 1e6)).loss)
+        tokens = Tokens(logprob, logprob.detach(), None, row)
+        return gradient(-objective_loss(tokens, batch.columns, objective(correction, 1e6))[0])
 
     exact = gradient((table_logprobs(*tables).view(9, 2).sum(1).exp() * reward[::2]).sum())
     bias = {name: (expected(name) - exact).norm().item() for name in ("none", "token-truncate", "sequence-truncate")}

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from batches import collate
 from shoestring.algorithms.base import Replay
 from shoestring.curricula import replay
-from shoestring.objectives.loss import Objective, k3, l2_loss, objective_loss, policy_loss
+from shoestring.objectives.base import Tokens
+from shoestring.objectives.k3 import k3
+from shoestring.objectives.loss import Objective, l2_loss, objective_loss
+from shoestring.objectives.ppo import policy_loss
 from shoestring.training.batch import cut_rows, pad_rows, single_rows
 from shoestring.types import Batch, Completion, Credit, Group, Problem, Prompt, Row, Score, TokenColumns, has_signal
 
@@ -119,9 +122,11 @@ def objective(beta=0.0):
 
 def test_objective_loss_is_the_weighted_sum():
     batch = batch_of([0.866024, -0.866024, 0.866024], [0.5, 0.25, 0.125], [0.5, 0.25, 0.125])
-    report = objective_loss(torch.tensor([1.0, 0.7, 1.3]).log(), torch.zeros(3), None, batch, objective())
-    assert report.loss.item() == near(-0.5 * 0.866024 + 0.25 * 0.692819 - 0.125 * 1.039229)
-    assert (report.kl.item(), report.clipped.item()) == (0.0, 2)
+    tokens = Tokens(torch.tensor([1.0, 0.7, 1.3]).log(), torch.zeros(3), None, batch.row)
+    loss, metrics = objective_loss(tokens, batch.columns, objective())
+    assert loss.item() == near(-0.5 * 0.866024 + 0.25 * 0.692819 - 0.125 * 1.039229)
+    assert metrics.keys() == {"loss", "clip_fraction"}
+    assert metrics["clip_fraction"].total.item() == 2
 
 
 def test_objective_loss_adds_beta_times_the_kl():
@@ -129,20 +134,22 @@ def test_objective_loss_adds_beta_times_the_kl():
     logprob = torch.tensor([-1.0, -1.0], requires_grad=True)
     batch = batch_of([2.0, 0.0], [0.5, 0.0], [0.25, 0.75])
     reference = torch.tensor([-0.9, -1.1])
-    report = objective_loss(logprob, logprob.detach(), reference, batch, objective(beta=0.04))
+    tokens = Tokens(logprob, logprob.detach(), reference, batch.row)
+    loss, metrics = objective_loss(tokens, batch.columns, objective(beta=0.04))
     kl = 0.25 * 0.005171 + 0.75 * 0.004837
-    assert report.kl.item() == near(kl)
-    assert not report.kl.requires_grad
-    assert report.loss.item() == near(-1.0 + 0.04 * kl)
-    report.loss.backward()
+    assert metrics["kl"].total.item() == near(kl)
+    assert not metrics["kl"].total.requires_grad
+    assert loss.item() == near(-1.0 + 0.04 * kl)
+    loss.backward()
     assert logprob.grad.tolist() == near([-1.0 - 0.04 * 0.25 * 0.105171, 0.04 * 0.75 * 0.095163])
 
 
 def test_objective_loss_of_a_reference_that_is_the_policy_is_the_policy_part():
     logprob = torch.tensor([-1.0, -3.0])
     batch = batch_of([1.0, -1.0], [0.5, 0.5], [0.5, 0.5])
-    without = objective_loss(logprob, logprob, None, batch, objective())
-    assert objective_loss(logprob, logprob, logprob.clone(), batch, objective(beta=0.04)) == without
+    tokens = Tokens(logprob, logprob, logprob.clone(), batch.row)
+    without, _ = objective_loss(tokens, batch.columns, objective())
+    assert objective_loss(tokens, batch.columns, objective(beta=0.04))[0] == without
 
 
 # --- micro-batches --------------------------------------------------------------------------------------------------

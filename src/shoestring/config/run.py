@@ -18,7 +18,7 @@ from shoestring.config.settings import Settings, build, pick
 from shoestring.config.sizes import checked_size
 from shoestring.errors import ConfigError
 from shoestring.model.load import ModelSettings
-from shoestring.objectives.loss import Objective
+from shoestring.objectives.loss import Objective, over_defaults
 from shoestring.rewards.settings import RewardSettings
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.tasks import TASKS
@@ -107,7 +107,7 @@ class RunConfig(Settings):
         if pick(ADAPTERS, "adapter", data.get("adapter", {}), "lora").name == "none":
             defaults["l2"] = 0.0  # an adapter of 0 is the base model; a model of 0 is none
         exact = pick(SAMPLERS, "sampler", data.get("sampler", {}), "auto").exact
-        settled = {**defaults, "importance_correction": "auto", **given}
+        settled = over_defaults(given, {**defaults, "importance_correction": "auto"})
         if settled["importance_correction"] == "auto":
             settled["importance_correction"] = "none" if exact else "token-truncate"
         return {**data, "objective": settled}

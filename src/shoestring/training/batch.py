@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
+from random import Random
 from typing import Literal
 
 import numpy as np
@@ -70,6 +72,37 @@ def _rows(place: int, group: Group, credit: Credit, divisor: int, with_kl: bool)
 
 def _flat(parts: Sequence[Sequence[float]], dtype: type) -> Tensor:
     return torch.from_numpy(np.fromiter(chain.from_iterable(parts), dtype, sum(map(len, parts))))
+
+
+def mini_batches(rows: Sequence[Row], num: int, seed: int) -> list[list[Row]]:
+    """Cut a step's rows into `num` mini-batches of as many rows (one more or less), or into fewer if rows are few.
+
+    Groups come in an order drawn from the seed, and stay together except where a cut falls. Weights are scaled so that
+    an optimizer step sees the mean over its own mini-batch: with W the sum of the step's weights and W_m that of the
+    mini-batch, each of its weights is multiplied by W / W_m, and so for the KL weights. With one mini-batch the rows
+    are returned as they are.
+    """
+    num = min(num, len(rows))
+    if num <= 1:
+        return [list(rows)] if rows else []
+    groups = sorted({row.group for row in rows})
+    place = dict(zip(Random(seed).sample(groups, len(groups)), range(len(groups)), strict=True))
+    ordered = sorted(rows, key=lambda row: place[row.group])
+    cuts = [ordered[len(rows) * i // num : len(rows) * (i + 1) // num] for i in range(num)]
+    return [_as_a_mean(cut, rows) for cut in cuts]
+
+
+def _as_a_mean(cut: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """The rows of a mini-batch with the weights of all of them."""
+    scales = {}
+    for name in ("weight", "kl_weight"):
+        own, whole = (sum(float(getattr(row.columns, name).sum()) for row in part) for part in (cut, rows))
+        scales[name] = whole / own if own else 1.0
+
+    def scaled(columns: TokenColumns) -> TokenColumns:
+        return replace(columns, **{name: getattr(columns, name) * scale for name, scale in scales.items()})
+
+    return [row._replace(columns=scaled(row.columns)) for row in cut]
 
 
 def cut_rows(rows: Iterable[Row], max_tokens: int) -> Iterator[list[Row]]:
