@@ -15,6 +15,7 @@ from shoestring.adapters import ADAPTERS
 from shoestring.algorithms import ALGORITHMS
 from shoestring.cli.app import app
 from shoestring.config import run as configs
+from shoestring.objectives import TERMS
 from shoestring.tasks import TASKS
 from shoestring.tasks.base import SPLITS
 
@@ -77,7 +78,7 @@ def test_the_engine_in_the_docs_is_the_tested_one() -> None:
 
 def test_the_readme_names_every_table_entry() -> None:
     text = (ROOT / "README.md").read_text()
-    for name in [*ALGORITHMS, *TASKS]:
+    for name in [*ALGORITHMS, *TASKS, *TERMS]:
         assert f"`{name}" in text, name
     for name in ADAPTERS:
         assert f'"{name}"' in text, name

@@ -261,7 +261,8 @@ class StepReport:
     sampled; rewards, lengths, `solved`, `tokens_sampled` and `truncated` are over both, so that they compare with a run
     without. `reward_std` is the sample deviation of a group's rewards, in the mean over groups; `length_mean` and
     `length_max` are tokens a completion. `timed_out` counts completions that were not scored in time. `tokens_per_s` is
-    `tokens_sampled` over the seconds of sampling.
+    `tokens_sampled` over the seconds of sampling. `terms` holds the further figures of the objective's terms; without
+    any, the line leaves it out.
     """
 
     step: int
@@ -298,6 +299,7 @@ class StepReport:
     reward_std: float = 0.0
     length_mean: float = 0.0
     length_max: int = 0
+    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 class Row(NamedTuple):

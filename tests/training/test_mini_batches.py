@@ -135,6 +135,30 @@ def test_a_resumed_run_is_the_uninterrupted_one() -> None:
     assert metrics("whole")[0]["sampler_gap"] < 1e-4
 
 
+COUNTED = """
+import torch
+from shoestring.objectives.base import Figure
+from shoestring.objectives.ppo import PPO
+
+
+class Counted(PPO):
+    name: str
+
+    def loss(self, tokens, columns):
+        loss_N, found = super().loss(tokens, columns)
+        return loss_N, found | {"ones": Figure(torch.ones(len(loss_N)).sum())}
+"""
+
+
+def test_a_term_from_outside_reports_its_own_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("counted_term.py").write_text(COUNTED)
+    monkeypatch.syspath_prepend(".")
+    run = train({**RUN, "steps": 2, "objective": {"policy": "counted_term:Counted"}, "out": "run"}, quiet=True)
+    assert [line["terms"] for line in metrics("run")] == [{"ones": 1.0}] * 2
+    assert [report.terms for report in run.reports] == [{"ones": 1.0}] * 2
+    assert 'name = "counted_term:Counted"' in Path("run", "config.toml").read_text()
+
+
 def test_an_update_that_is_not_there_is_named_before_the_model_loads() -> None:
     with pytest.raises(ConfigError, match="there is no such update"):
         train({**RUN, "objective": {"update": "backwards"}, "out": "run"}, quiet=True)

@@ -31,18 +31,21 @@ def report(
 
 @app.command("list")
 def list_(
-    kind: Annotated[str | None, typer.Argument(help="tasks, algorithms, adapters, samplers, trackers or gym.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help="tasks, algorithms, adapters, samplers, terms, trackers or gym.")
+    ] = None,
 ) -> None:
     """List what there is, from the tables themselves."""
     from shoestring.adapters import ADAPTERS
     from shoestring.algorithms import ALGORITHMS
     from shoestring.errors import nearest
+    from shoestring.objectives import TERMS
     from shoestring.samplers import SAMPLERS
     from shoestring.tasks import TASKS, gym
     from shoestring.trackers import TRACKERS
 
     tables = {"tasks": TASKS, "algorithms": ALGORITHMS, "adapters": ADAPTERS, "samplers": SAMPLERS}
-    tables |= {"trackers": TRACKERS}
+    tables |= {"terms": TERMS, "trackers": TRACKERS}
     if kind == "gym":
         print("\n".join(f"gym:{name}" for name in gym.available()))
         print("\n".join(f"(left out: {name}: {reason})" for name, reason in gym.EXCLUDED.items()))
