@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from shoestring.objectives.gspo import GSPO
 from shoestring.objectives.k3 import K3
 from shoestring.objectives.ppo import PPO
 
 TERMS: dict[str, type[Any]] = {
     "ppo": PPO,
+    "gspo": GSPO,
     "k3": K3,
 }
