@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from batches import collate
 from shoestring.algorithms.base import Replay
 from shoestring.curricula import replay
+from shoestring.objectives import TERMS
 from shoestring.objectives.base import Tokens
 from shoestring.objectives.k3 import k3
 from shoestring.objectives.loss import Objective, l2_loss, objective_loss
@@ -85,6 +86,25 @@ def test_extreme_log_ratios_stay_finite(logprob, other, advantage):
     loss.sum().backward()
     assert loss.isfinite().all()
     assert value.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["ppo", "k3"])
+def test_the_gradient_is_that_of_finite_differences(name):
+    """In float64, for good and bad tokens on both sides of the clips."""
+    logprob = torch.tensor([0.5, 0.9, 1.1, 1.5] * 2, dtype=torch.float64).log() - 1
+    fixed = torch.full((8,), -1.0, dtype=torch.float64)
+    advantage = torch.tensor([1.0, 0.5, 2.0, 1.0, -1.0, -0.5, -2.0, -1.0], dtype=torch.float64)
+    columns = TokenColumns(torch.zeros(8).long(), advantage, advantage.abs(), advantage.abs(), fixed)
+
+    def total(logprob):
+        loss, _ = TERMS[name]().loss(Tokens(logprob, fixed, fixed, torch.zeros(8).long()), columns)
+        return (columns.weight * loss).sum()
+
+    [found] = torch.autograd.grad(total(logprob.requires_grad_()), logprob)
+    with torch.no_grad():
+        steps = 1e-6 * torch.eye(8, dtype=torch.float64)
+        slopes = [(total(logprob + step) - total(logprob - step)) / 2e-6 for step in steps]
+    torch.testing.assert_close(found, torch.stack(slopes), atol=1e-8, rtol=0)
 
 
 def test_l2_loss_is_a_sum_over_all_weights():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.model.test_trees import some_step
 
 from shoestring import ConfigError, train
@@ -133,6 +134,30 @@ def test_a_resumed_run_is_the_uninterrupted_one() -> None:
     assert metrics("halves") == metrics("whole")
     assert any(line["clip_fraction"] > 0 for line in metrics("whole"))
     assert metrics("whole")[0]["sampler_gap"] < 1e-4
+
+
+def test_memory_that_runs_out_behind_an_optimizer_step_undoes_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole step is done again in smaller micro-batches, and comes out the same."""
+    once = {**RUN, "steps": 1, "save_every": 1}
+    train({**once, "out": "whole"}, quiet=True)
+    real, calls = torch.Tensor.backward, []
+
+    def backward_once_without_memory(self: torch.Tensor, *args: Any, **options: Any) -> None:
+        real(self, *args, **options)
+        calls.append(self)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("planted behind the first optimizer step")
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward_once_without_memory)
+    train({**once, "out": "again"}, quiet=True)
+    assert len(calls) > 4
+    [whole], [again] = metrics("whole"), metrics("again")
+    assert again["micro_batch_tokens"] < whole["micro_batch_tokens"]
+    for name in ("loss", "grad_norm", "clip_fraction"):
+        assert again[name] == pytest.approx(whole[name], abs=2e-4), name
+    left, right = (load_file(f"{folder}/adapter/adapter_model.safetensors") for folder in ("whole", "again"))
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor, right[name], atol=1e-4, rtol=0, msg=name)
 
 
 COUNTED = """
