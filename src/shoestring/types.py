@@ -149,7 +149,7 @@ class TokenColumns:
         return self._each(lambda column: column[index])
 
     def split(self, counts: Sequence[int]) -> list[TokenColumns]:
-        """Cut into runs of so many tokens; the counts add up to N."""
+        """Cut into runs of the given lengths, whose sum is N."""
         cuts = {name: column.split(list(counts)) for name, column in self.streams().items()}
         return [self._of({name: cut[i] for name, cut in cuts.items()}) for i in range(len(counts))]
 

@@ -95,6 +95,24 @@ def test_ratios_are_taken_to_the_policy_before_the_first_optimizer_step() -> Non
         torch.testing.assert_close(parameter, by_hand.trained()[name], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_extra_pass_finds_the_log_probs_of_the_training_pass(family: str) -> None:
+    """Through our own layers, and through a model's own logits: a ratio is 1 where nothing has moved."""
+    policy = random_policy(family)
+    batches = cut_shares(mini_batches(rows(), 2, seed=0), 10**6, trees=policy.takes_trees)
+    report = update(
+        policy,
+        torch.optim.SGD(policy.trained().values(), lr=0.0),
+        batches,
+        objective(policy={"name": "cispo", "cap": 1 + 1e-6}),
+        temperature=0.9,
+        max_grad_norm=1.0,
+        checkpointing=True,
+    )
+    assert report.applied
+    assert report.clip_fraction == 0
+
+
 def test_every_pass_takes_one_optimizer_step_a_mini_batch() -> None:
     policy = random_policy()
     optimizer = torch.optim.SGD(policy.trained().values(), lr=0.1)

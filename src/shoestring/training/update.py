@@ -162,20 +162,20 @@ UPDATES: dict[str, Update] = {"backward": update}
 
 
 def _shares(batches: Sequence[Batch]) -> list[list[int]]:
-    """The places of each mini-batch's micro-batches."""
+    """List the places of each mini-batch's micro-batches."""
     numbers = dict.fromkeys(batch.mini_batch for batch in batches)
     return [[i for i, batch in enumerate(batches) if batch.mini_batch == number] for number in numbers]
 
 
 def _in_order(shares: list[list[int]], number: int) -> list[list[int]]:
-    """The mini-batches in the order of a pass. The first pass takes them as they were cut, by chance already."""
+    """Order the mini-batches of a pass. The first pass keeps the order of the cut, which is drawn already."""
     return Random(number).sample(shares, len(shares)) if number else shares
 
 
 def _old_logprobs(
     policy: Policy, batches: Sequence[Batch], wanted: Collection[int], temperature: float
 ) -> list[Tensor | None]:
-    """The log-probs of the policy as it is at the wanted micro-batches; None at the others."""
+    """Run the policy without gradient over the wanted micro-batches, [N] each; None at the others."""
     old: list[Tensor | None] = [None] * len(batches)
     if not wanted:
         return old
@@ -220,7 +220,7 @@ def _finished(policy: Policy, sums: Mapping[str, Sum], l2: float, max_grad_norm:
 
 
 def _reported(done: Sequence[_Gradient], tokens: int) -> UpdateReport:
-    """The report of a pass: means over its tokens, or over its optimizer steps."""
+    """Report a pass: means over its tokens, or over its optimizer steps."""
     values = {
         name: sum(step.sums[name].total for step in done) / (tokens if figure.mean else len(done))
         for name, figure in done[0].sums.items()
