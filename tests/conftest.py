@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 install_import_hook(
-    ["shoestring.objectives.loss", "shoestring.model.logprobs", "shoestring.model.draw", "shoestring.algorithms.base"],
+    ["shoestring.objectives", "shoestring.model.logprobs", "shoestring.model.draw", "shoestring.algorithms.base"],
     "beartype.beartype",
 )
 

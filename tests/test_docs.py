@@ -13,8 +13,9 @@ import pytest
 from conftest import ROOT
 from shoestring.adapters import ADAPTERS
 from shoestring.algorithms import ALGORITHMS
-from shoestring.cli.app import app
+from shoestring.cli.main import app
 from shoestring.config import run as configs
+from shoestring.objectives import TERMS
 from shoestring.optimizers import OPTIMIZERS
 from shoestring.tasks import TASKS
 from shoestring.tasks.base import SPLITS
@@ -78,7 +79,7 @@ def test_the_engine_in_the_docs_is_the_tested_one() -> None:
 
 def test_the_readme_names_every_table_entry() -> None:
     text = (ROOT / "README.md").read_text()
-    for name in [*ALGORITHMS, *TASKS]:
+    for name in [*ALGORITHMS, *TASKS, *TERMS]:
         assert f"`{name}" in text, name
     for name in [*ADAPTERS, *OPTIMIZERS]:
         assert f'"{name}"' in text, name

@@ -6,8 +6,8 @@ batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:  # what scores completions in a process of its own need not wait for torch
@@ -131,6 +131,62 @@ class Credit:
     kl_weight: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class TokenColumns:
+    """What N selected tokens carry, [N] each: the only list of these columns.
+
+    `target` is the token's id (int64). `sampler_logprob` is its log-prob under the distribution that drew it. The other
+    three are those of `Credit`. `extra` holds further streams by name, such as "entropy" or "values".
+    """
+
+    target: Tensor
+    advantage: Tensor
+    weight: Tensor
+    kl_weight: Tensor
+    sampler_logprob: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    @classmethod
+    def cat(cls, parts: Sequence[TokenColumns]) -> TokenColumns:
+        """Join one or more parts, each with the same names in `extra`."""
+        import torch
+
+        names = [part.streams().keys() for part in parts]
+        if any(name != names[0] for name in names):
+            raise ValueError("the parts have different extra columns")
+        streams = [part.streams() for part in parts]
+        return cls._of({name: torch.cat([stream[name] for stream in streams]) for name in names[0]})
+
+    def take(self, index: Tensor) -> TokenColumns:
+        """Keep the tokens of a mask, [N] bool, or of places, [n] int64."""
+        return self._each(lambda column: column[index])
+
+    def split(self, counts: Sequence[int]) -> list[TokenColumns]:
+        """Cut into runs of the given lengths, whose sum is N."""
+        cuts = {name: column.split(list(counts)) for name, column in self.streams().items()}
+        return [self._of({name: cut[i] for name, cut in cuts.items()}) for i in range(len(counts))]
+
+    def to(self, device: torch.device) -> TokenColumns:
+        """Move every column, without waiting for the device."""
+        return self._each(lambda column: column.to(device, non_blocking=True))
+
+    def streams(self) -> dict[str, Tensor]:
+        """Every column by its name."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        return own | dict(self.extra)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TokenColumns:
+        return self._of({name: change(column) for name, column in self.streams().items()})
+
+    @classmethod
+    def _of(cls, streams: Mapping[str, Tensor]) -> TokenColumns:
+        own = {f.name: streams[f.name] for f in fields(cls) if f.name != "extra"}
+        return cls(**own, extra={name: column for name, column in streams.items() if name not in own})
+
+
 class Unpadded(NamedTuple):
     """The K rows of `Paths` that own nodes, one behind the other, P places in all. A row owns those of its nodes that
     no row before it has: they lie side by side in the tree, and are the last of the row."""
@@ -168,25 +224,43 @@ class Paths(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: right-padded rows, [B, L], and the N places in them where the loss is taken, [N].
+    """A micro-batch: right-padded rows, [B, L], and the N places in them where the loss is taken.
 
-    `input_ids[row, col]` is the input whose output predicts `target`. Rows end at their last selected place: nothing
-    behind it is run. `problem_ids`, [B], name the rows in messages.
+    `input_ids[row, col]` is the input whose output predicts `columns.target`. Rows end at their last selected place:
+    nothing behind it is run. `problem_ids`, [B], name the rows in messages.
     """
 
     input_ids: Tensor
     row: Tensor
     col: Tensor
-    target: Tensor
-    advantage: Tensor
-    weight: Tensor
-    kl_weight: Tensor
-    sampler_logprob: Tensor
+    columns: TokenColumns
     problem_ids: tuple[str, ...]
     paths: Paths | None = None
     """With it, the rows are paths of a tree, and `input_ids` are its nodes, [1, T]."""
     trunk: tuple[Tensor, ...] = ()
     """The residual stream of the nodes, T rows of [H] in all, where training starts from it."""
+    mini_batch: int = 0
+    """Which of the step's mini-batches this is a part of."""
+
+    @property
+    def target(self) -> Tensor:
+        return self.columns.target
+
+    @property
+    def advantage(self) -> Tensor:
+        return self.columns.advantage
+
+    @property
+    def weight(self) -> Tensor:
+        return self.columns.weight
+
+    @property
+    def kl_weight(self) -> Tensor:
+        return self.columns.kl_weight
+
+    @property
+    def sampler_logprob(self) -> Tensor:
+        return self.columns.sampler_logprob
 
 
 @dataclass(frozen=True)
@@ -203,7 +277,8 @@ class StepReport:
     sampled; rewards, lengths, `solved`, `tokens_sampled` and `truncated` are over both, so that they compare with a run
     without. `reward_std` is the sample deviation of a group's rewards, in the mean over groups; `length_mean` and
     `length_max` are tokens a completion. `timed_out` counts completions that were not scored in time. `tokens_per_s` is
-    `tokens_sampled` over the seconds of sampling.
+    `tokens_sampled` over the seconds of sampling. `terms` holds the further figures of the objective's terms; without
+    any, the line leaves it out.
     """
 
     step: int
@@ -240,23 +315,25 @@ class StepReport:
     reward_std: float = 0.0
     length_mean: float = 0.0
     length_max: int = 0
+    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 class Row(NamedTuple):
-    """One completion that trains: its ids up to the last input that is needed, and its selected places, [n] each."""
+    """One completion that trains: its ids up to the last input that is needed, and its n selected places with their
+    columns."""
 
     problem_id: str
     token_ids: tuple[int, ...]
     col: Tensor
-    target: Tensor
-    advantage: Tensor
-    weight: Tensor
-    kl_weight: Tensor
-    sampler_logprob: Tensor
+    columns: TokenColumns
     group: int = 0
     """Rows of one group begin with the same prompt."""
     prompt_tokens: int = 0
     trunk: Trunk | None = None
+
+    @property
+    def target(self) -> Tensor:
+        return self.columns.target
 
 
 def has_signal(credit: Credit) -> bool:

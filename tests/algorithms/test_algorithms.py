@@ -12,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from batches import collate
 from shoestring.algorithms import ALGORITHMS
 from shoestring.algorithms.t_spmo import distinct_pairs
 from shoestring.config.settings import pick
 from shoestring.errors import ConfigError
-from shoestring.objectives.loss import Objective, l2_loss, objective_loss, policy_loss
-from shoestring.training.batch import collate
+from shoestring.objectives.base import Tokens
+from shoestring.objectives.loss import Objective, l2_loss, objective_loss
+from shoestring.objectives.ppo import policy_loss
 from shoestring.types import Completion, Group, Problem, Prompt, Score
 
 EOS = 0
@@ -134,7 +136,8 @@ def test_aggregations(settings, expected):
     (batch,) = collate([group], [found], normalise=algorithm.normalise)
     logprob = torch.tensor([ratio[token] for token in batch.target.tolist()]).log()
     objective = Objective(beta=0.0, clip_low=0.2, clip_high=0.2, updates=1, l2=0.0)
-    assert objective_loss(logprob, torch.zeros(6), None, batch, objective).loss.item() == near(expected)
+    tokens = Tokens(logprob, torch.zeros(6), None, batch.row)
+    assert objective_loss(tokens, batch.columns, objective)[0].item() == near(expected)
 
 
 @pytest.mark.parametrize(("clip_high", "expected"), [(0.2, -1.039229), (0.28, -1.108511)])

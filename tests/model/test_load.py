@@ -14,6 +14,7 @@ import transformers
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from batches import collate
 from shoestring import ConfigError, DataError, load_policy, train
 from shoestring.adapters import ADAPTERS
 from shoestring.algorithms import ALGORITHMS
@@ -24,7 +25,6 @@ from shoestring.optimizers.adamw import AdamW
 from shoestring.rollout.rollout import encode
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.tasks.multiplication import Multiplication
-from shoestring.training.batch import collate
 from shoestring.training.update import build_optimizer, update
 from shoestring.types import Group, Problem, Score
 from tiny import TINY, random_model

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batches import collate
 from shoestring import train
 from shoestring.algorithms import ALGORITHMS
 from shoestring.model.load import ModelSettings
@@ -21,7 +22,6 @@ from shoestring.objectives.loss import Objective
 from shoestring.optimizers.adamw import AdamW
 from shoestring.run.loading import load_policy
 from shoestring.samplers import SAMPLERS, Sampling
-from shoestring.training.batch import collate
 from shoestring.training.update import build_optimizer, update
 from shoestring.types import Batch, Group, Score
 from tiny import FAMILIES, VOCAB, prompt, random_model, random_policy

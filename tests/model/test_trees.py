@@ -10,11 +10,12 @@ import pytest
 import torch
 from tests.model.test_policy import OBJECTIVE, close
 
+from batches import collate
 from shoestring.model.fast import layers
 from shoestring.model.fast.decoder import MODELS, Decoder
 from shoestring.model.policy import Policy
 from shoestring.model.trees import TREE_MODELS, cost, cut_tree, pack_rows
-from shoestring.training.batch import collate, training_rows
+from shoestring.training.batch import training_rows
 from shoestring.training.micro_batching import micro_batches, size
 from shoestring.training.update import backward, update
 from shoestring.types import Batch, Completion, Credit, Group, Problem, Prompt

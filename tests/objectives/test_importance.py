@@ -14,11 +14,13 @@ from fake_engine import OwnWeights, OwnWeightsEngine
 from shoestring import ConfigError, train
 from shoestring.config import run as config
 from shoestring.model.policy import Policy
-from shoestring.objectives.loss import Objective, importance_weights, objective_loss
+from shoestring.objectives.base import Tokens
+from shoestring.objectives.importance import importance_weights
+from shoestring.objectives.loss import Objective, objective_loss
 from shoestring.samplers import SAMPLERS
 from shoestring.training.batch import single_rows
 from shoestring.training.update import backward, update
-from shoestring.types import Batch
+from shoestring.types import Batch, TokenColumns
 from tiny import VOCAB, prompt, random_policy
 
 MODES = ("token-truncate", "token-mask", "sequence-truncate", "sequence-mask")
@@ -64,7 +66,9 @@ def places(advantage: list[float], sampler: list[float], row: list[int]) -> Batc
     ids = torch.zeros(max(row) + 1, num, dtype=torch.int64)
     logprob = torch.tensor(sampler).log()
     names = tuple(f"p{r}" for r in range(max(row) + 1))
-    return Batch(ids, torch.tensor(row), zeros, zeros, torch.tensor(advantage), ones, ones, logprob, names)
+    return Batch(
+        ids, torch.tensor(row), zeros, TokenColumns(zeros, torch.tensor(advantage), ones, ones, logprob), names
+    )
 
 
 def test_the_weight_multiplies_the_policy_part_and_not_the_kl() -> None:
@@ -72,30 +76,32 @@ def test_the_weight_multiplies_the_policy_part_and_not_the_kl() -> None:
     batch = places([1.0, -0.5], [0.2, 0.1], [0, 0])
     logprob = torch.tensor([0.4, 0.6]).log().requires_grad_()
     reference = torch.tensor([0.4, 0.6]).log() + 0.1
-    report = objective_loss(logprob, logprob.detach(), reference, batch, objective("token-truncate", beta=0.5))
-    assert report.loss.item() == pytest.approx(-2 * 1.0 + 3 * 0.5 + 0.5 * 2 * 0.005171, abs=1e-5)
-    assert (report.importance.item(), report.capped.item()) == (pytest.approx(5.0), 1)
-    report.loss.backward()
+    tokens = Tokens(logprob, logprob.detach(), reference, batch.row)
+    loss, metrics = objective_loss(tokens, batch.columns, objective("token-truncate", beta=0.5))
+    assert loss.item() == pytest.approx(-2 * 1.0 + 3 * 0.5 + 0.5 * 2 * 0.005171, abs=1e-5)
+    assert metrics["importance_mean"].total.item() == pytest.approx(5.0)
+    assert metrics["importance_capped"].total.item() == 1
+    loss.backward()
     assert logprob.grad is not None
     assert logprob.grad.tolist() == pytest.approx([-2 - 0.5 * 0.105171, 1.5 - 0.5 * 0.105171], abs=1e-5)
 
 
 def test_the_weight_is_taken_to_the_old_policy_and_the_ratio_from_it() -> None:
     """Second update: old 0.4, now 0.44, sampler 0.2. Weight 2, ratio 1.1."""
-    report = objective_loss(
-        torch.tensor([0.44]).log(), torch.tensor([0.4]).log(), None, places([1.0], [0.2], [0]), objective(MODES[0])
-    )
-    assert report.loss.item() == pytest.approx(-2 * 1.1, abs=1e-5)
+    batch = places([1.0], [0.2], [0])
+    tokens = Tokens(torch.tensor([0.44]).log(), torch.tensor([0.4]).log(), None, batch.row)
+    loss, _ = objective_loss(tokens, batch.columns, objective(MODES[0]))
+    assert loss.item() == pytest.approx(-2 * 1.1, abs=1e-5)
 
 
 def test_without_correction_the_samplers_log_probs_do_not_count() -> None:
     logprob = torch.tensor([0.4, 0.6]).log()
+    batches = [places([1.0, -0.5], sampler, [0, 0]) for sampler in ([0.2, 0.1], [0.4, 0.6])]
     reports = [
-        objective_loss(logprob, logprob, None, places([1.0, -0.5], sampler, [0, 0]), objective("none"))
-        for sampler in ([0.2, 0.1], [0.4, 0.6])
+        objective_loss(Tokens(logprob, logprob, None, batch.row), batch.columns, objective("none")) for batch in batches
     ]
     assert reports[0] == reports[1]
-    assert (reports[0].importance.item(), reports[0].capped.item()) == (2.0, 0)
+    assert reports[0][1].keys() == {"clip_fraction", "loss"}
 
 
 @pytest.mark.parametrize("correction", MODES)
@@ -120,10 +126,10 @@ def random_batch() -> Batch:
     ids = torch.randint(0, VOCAB, (3, 9), generator=generator)
     advantage = torch.randn(12, generator=generator)
     each = torch.full((12,), 1 / 12)
-    batch = Batch(ids, row, col, target, advantage, each, each, torch.zeros(12), ("a", "b", "c"))
+    batch = Batch(ids, row, col, TokenColumns(target, advantage, each, each, torch.zeros(12)), ("a", "b", "c"))
     with torch.no_grad():
         off = policy.logprobs(batch) + 0.5 * torch.randn(12, generator=generator)
-    return Batch(ids, row, col, target, advantage, each, each, off, ("a", "b", "c"))
+    return Batch(ids, row, col, TokenColumns(target, advantage, each, each, off), ("a", "b", "c"))
 
 
 def taken_gradient(policy: Policy) -> Tensor:
@@ -177,7 +183,7 @@ def enumerated() -> Enumerated:
     last = torch.full((VOCAB,), ids.shape[1] - 1)
     names = tuple(map(str, every.tolist()))
     chance = logprob.exp()
-    batch = Batch(ids.expand(VOCAB, -1), every, last, every, reward, chance, chance, logprob, names)
+    batch = Batch(ids.expand(VOCAB, -1), every, last, TokenColumns(every, reward, chance, chance, logprob), names)
     return Enumerated(policy, batch, reward)
 
 
@@ -207,14 +213,17 @@ def test_only_the_rows_own_weight_is_exact_for_longer_completions() -> None:
     row = torch.arange(9).repeat_interleave(2)
     chance = sampler.view(9, 2).sum(1).exp().repeat_interleave(2)
     zeros = torch.zeros(18, dtype=torch.int64)
-    batch = Batch(torch.zeros(9, 2).long(), row, zeros, zeros, reward, chance, chance, sampler, ("p",) * 9)
+    batch = Batch(
+        torch.zeros(9, 2).long(), row, zeros, TokenColumns(zeros, reward, chance, chance, sampler), ("p",) * 9
+    )
 
     def gradient(loss: Tensor) -> Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(tables))])
 
     def expected(correction: str) -> Tensor:
         logprob = table_logprobs(*tables)
-        return gradient(-objective_loss(logprob, logprob.detach(), None, batch, objective(correction, 1e6)).loss)
+        tokens = Tokens(logprob, logprob.detach(), None, row)
+        return gradient(-objective_loss(tokens, batch.columns, objective(correction, 1e6))[0])
 
     exact = gradient((table_logprobs(*tables).view(9, 2).sum(1).exp() * reward[::2]).sum())
     bias = {name: (expected(name) - exact).norm().item() for name in ("none", "token-truncate", "sequence-truncate")}

@@ -9,11 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batches import collate
 from shoestring.algorithms.base import Replay
 from shoestring.curricula import replay
-from shoestring.objectives.loss import Objective, k3, l2_loss, objective_loss, policy_loss
-from shoestring.training.batch import collate, cut_rows, pad_rows, single_rows
-from shoestring.types import Batch, Completion, Credit, Group, Problem, Prompt, Row, Score, has_signal
+from shoestring.objectives import TERMS
+from shoestring.objectives.base import Tokens
+from shoestring.objectives.k3 import k3
+from shoestring.objectives.loss import Objective, l2_loss, objective_loss
+from shoestring.objectives.ppo import policy_loss
+from shoestring.training.batch import cut_rows, pad_rows, single_rows
+from shoestring.types import Batch, Completion, Credit, Group, Problem, Prompt, Row, Score, TokenColumns, has_signal
 
 END = 99
 
@@ -83,6 +88,25 @@ def test_extreme_log_ratios_stay_finite(logprob, other, advantage):
     assert value.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["ppo", "k3"])
+def test_the_gradient_is_that_of_finite_differences(name):
+    """In float64, for good and bad tokens on both sides of the clips."""
+    logprob = torch.tensor([0.5, 0.9, 1.1, 1.5] * 2, dtype=torch.float64).log() - 1
+    fixed = torch.full((8,), -1.0, dtype=torch.float64)
+    advantage = torch.tensor([1.0, 0.5, 2.0, 1.0, -1.0, -0.5, -2.0, -1.0], dtype=torch.float64)
+    columns = TokenColumns(torch.zeros(8).long(), advantage, advantage.abs(), advantage.abs(), fixed)
+
+    def total(logprob):
+        loss, _ = TERMS[name]().loss(Tokens(logprob, fixed, fixed, torch.zeros(8).long()), columns)
+        return (columns.weight * loss).sum()
+
+    [found] = torch.autograd.grad(total(logprob.requires_grad_()), logprob)
+    with torch.no_grad():
+        steps = 1e-6 * torch.eye(8, dtype=torch.float64)
+        slopes = [(total(logprob + step) - total(logprob - step)) / 2e-6 for step in steps]
+    torch.testing.assert_close(found, torch.stack(slopes), atol=1e-8, rtol=0)
+
+
 def test_l2_loss_is_a_sum_over_all_weights():
     parameters = [torch.tensor([[0.1], [-0.2]], requires_grad=True), torch.tensor([0.3], requires_grad=True)]
     loss = l2_loss(parameters, 0.01)
@@ -101,11 +125,13 @@ def batch_of(advantage, weight, kl_weight):
         torch.zeros(1, num, dtype=torch.int64),
         torch.zeros(num, dtype=torch.int64),
         torch.arange(num),
-        torch.zeros(num, dtype=torch.int64),
-        torch.tensor(advantage),
-        torch.tensor(weight),
-        torch.tensor(kl_weight),
-        torch.zeros(num),
+        TokenColumns(
+            torch.zeros(num, dtype=torch.int64),
+            torch.tensor(advantage),
+            torch.tensor(weight),
+            torch.tensor(kl_weight),
+            torch.zeros(num),
+        ),
         ("p",),
     )
 
@@ -116,9 +142,11 @@ def objective(beta=0.0):
 
 def test_objective_loss_is_the_weighted_sum():
     batch = batch_of([0.866024, -0.866024, 0.866024], [0.5, 0.25, 0.125], [0.5, 0.25, 0.125])
-    report = objective_loss(torch.tensor([1.0, 0.7, 1.3]).log(), torch.zeros(3), None, batch, objective())
-    assert report.loss.item() == near(-0.5 * 0.866024 + 0.25 * 0.692819 - 0.125 * 1.039229)
-    assert (report.kl.item(), report.clipped.item()) == (0.0, 2)
+    tokens = Tokens(torch.tensor([1.0, 0.7, 1.3]).log(), torch.zeros(3), None, batch.row)
+    loss, metrics = objective_loss(tokens, batch.columns, objective())
+    assert loss.item() == near(-0.5 * 0.866024 + 0.25 * 0.692819 - 0.125 * 1.039229)
+    assert metrics.keys() == {"loss", "clip_fraction"}
+    assert metrics["clip_fraction"].total.item() == 2
 
 
 def test_objective_loss_adds_beta_times_the_kl():
@@ -126,20 +154,22 @@ def test_objective_loss_adds_beta_times_the_kl():
     logprob = torch.tensor([-1.0, -1.0], requires_grad=True)
     batch = batch_of([2.0, 0.0], [0.5, 0.0], [0.25, 0.75])
     reference = torch.tensor([-0.9, -1.1])
-    report = objective_loss(logprob, logprob.detach(), reference, batch, objective(beta=0.04))
+    tokens = Tokens(logprob, logprob.detach(), reference, batch.row)
+    loss, metrics = objective_loss(tokens, batch.columns, objective(beta=0.04))
     kl = 0.25 * 0.005171 + 0.75 * 0.004837
-    assert report.kl.item() == near(kl)
-    assert not report.kl.requires_grad
-    assert report.loss.item() == near(-1.0 + 0.04 * kl)
-    report.loss.backward()
+    assert metrics["kl"].total.item() == near(kl)
+    assert not metrics["kl"].total.requires_grad
+    assert loss.item() == near(-1.0 + 0.04 * kl)
+    loss.backward()
     assert logprob.grad.tolist() == near([-1.0 - 0.04 * 0.25 * 0.105171, 0.04 * 0.75 * 0.095163])
 
 
 def test_objective_loss_of_a_reference_that_is_the_policy_is_the_policy_part():
     logprob = torch.tensor([-1.0, -3.0])
     batch = batch_of([1.0, -1.0], [0.5, 0.5], [0.5, 0.5])
-    without = objective_loss(logprob, logprob, None, batch, objective())
-    assert objective_loss(logprob, logprob, logprob.clone(), batch, objective(beta=0.04)) == without
+    tokens = Tokens(logprob, logprob, logprob.clone(), batch.row)
+    without, _ = objective_loss(tokens, batch.columns, objective())
+    assert objective_loss(tokens, batch.columns, objective(beta=0.04))[0] == without
 
 
 # --- micro-batches --------------------------------------------------------------------------------------------------
@@ -304,15 +334,15 @@ def test_single_rows_are_the_rows_of_the_batches(step, max_tokens):
     singles = list(single_rows(batches))
     assert [single.problem_ids for single in singles] == [(name,) for batch in batches for name in batch.problem_ids]
     assert all(single.input_ids.shape[0] == 1 and not single.row.any() for single in singles)
-    for field in dataclasses.fields(Batch):
-        if field.name not in {"input_ids", "row", "problem_ids", "paths", "trunk"}:
-            parts = [[getattr(batch, field.name) for batch in found] for found in (batches, singles)]
-            assert not batches or torch.equal(*(torch.cat(part) for part in parts)), field.name
+    for name in ("col", *WHAT):
+        parts = [[getattr(batch, name) for batch in found] for found in (batches, singles)]
+        assert not batches or torch.equal(*(torch.cat(part) for part in parts)), name
 
 
 def row_of(length):
     one = torch.ones(1)
-    return Row("p", tuple(range(1, length + 1)), torch.tensor([length - 1]), torch.tensor([7]), one, one, one, one)
+    columns = TokenColumns(torch.tensor([7]), one, one, one, one)
+    return Row("p", tuple(range(1, length + 1)), torch.tensor([length - 1]), columns)
 
 
 def test_cut_rows_fills_each_batch_as_far_as_it_goes():

@@ -9,11 +9,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import shoestring
+from batches import collate
 from shoestring.adapters.on_peft import PeftHandle
 from shoestring.algorithms import ALGORITHMS
 from shoestring.model.policy import Policy
+from shoestring.objectives.base import Tokens
 from shoestring.objectives.loss import Objective, objective_loss
-from shoestring.training.batch import collate
 from shoestring.types import Completion, Group, Problem, Prompt, Score
 
 trl = pytest.importorskip("trl", reason="the comparison needs TRL, which only the test extra installs")
@@ -167,10 +168,10 @@ def our_gradient(adapted, tokenizer, completions, old, loss_type, beta, on_polic
                 reference = policy.logprobs(batch)
         logprob = policy.logprobs(batch)
         before = logprob.detach() if on_policy else batch.sampler_logprob
-        report = objective_loss(logprob, before, reference, batch, objective)
-        losses.append(report.loss)
-        clipped += report.clipped.item()
-        capped += report.capped.item()
+        loss, metrics = objective_loss(Tokens(logprob, before, reference, batch.row), batch.columns, objective)
+        losses.append(loss)
+        clipped += metrics["clip_fraction"].total.item()
+        capped += metrics["importance_capped"].total.item() if correction else 0
     assert len(losses) > 1
     assert (clipped == 0) == on_policy
     assert (capped > 0) == bool(correction)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tests.model.test_policy import close, gradients
 from tests.run.test_loop import same_weights
 
+from batches import collate
 from shoestring import train
 from shoestring.allocator import OutOfMemory
 from shoestring.cli import main as cli
@@ -34,7 +35,6 @@ from shoestring.run.loading import load_policy
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.samplers.hf import HfEngine
 from shoestring.training import micro_batching as pieces
-from shoestring.training.batch import collate
 from shoestring.training.update import backward
 from shoestring.types import Credit, Group
 from tiny import prompt, random_policy

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from batches import collate
 from shoestring.allocator import OutOfMemory
 from shoestring.errors import ConfigError
 from shoestring.model.fast.decoder import MODELS, unsupported
@@ -18,7 +19,6 @@ from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.samplers.capture import LADDER, prompts_at_once
 from shoestring.samplers.graph import GraphEngine
 from shoestring.samplers.hf import HfEngine
-from shoestring.training.batch import collate
 from shoestring.types import Batch, Completion, Credit, Group, Score
 from tiny import prompt, random_policy
 

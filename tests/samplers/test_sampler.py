@@ -15,7 +15,7 @@ from shoestring.model.policy import Policy
 from shoestring.rollout.rollout import roll_out
 from shoestring.samplers import SAMPLERS, Sampling
 from shoestring.samplers.hf import HfEngine
-from shoestring.types import Batch, Completion, Prompt
+from shoestring.types import Batch, Completion, Prompt, TokenColumns
 from tiny import FAMILIES, prompt, random_policy
 
 PROMPTS = [prompt(4, 0), prompt(9, 1), prompt(6, 2)]
@@ -128,8 +128,7 @@ def trained_logprobs(policy: Policy, asked: Prompt, completion: Completion, temp
         ids,
         torch.zeros(num * policy.vocab_size, dtype=torch.int64),
         (torch.arange(num) + len(asked.token_ids) - 1).repeat_interleave(policy.vocab_size),
-        every.repeat(num),
-        *[zeros] * 4,
+        TokenColumns(every.repeat(num), zeros, zeros, zeros, zeros),
         problem_ids=("p",),
     )
     with torch.no_grad():

@@ -32,20 +32,22 @@ def report(
 @app.command("list")
 def list_(
     kind: Annotated[
-        str | None, typer.Argument(help="tasks, algorithms, adapters, samplers, optimizers, trackers or gym.")
+        str | None,
+        typer.Argument(help="tasks, algorithms, adapters, samplers, optimizers, terms, trackers or gym."),
     ] = None,
 ) -> None:
     """List what there is, from the tables themselves."""
     from shoestring.adapters import ADAPTERS
     from shoestring.algorithms import ALGORITHMS
     from shoestring.errors import nearest
+    from shoestring.objectives import TERMS
     from shoestring.optimizers import OPTIMIZERS
     from shoestring.samplers import SAMPLERS
     from shoestring.tasks import TASKS, gym
     from shoestring.trackers import TRACKERS
 
     tables = {"tasks": TASKS, "algorithms": ALGORITHMS, "adapters": ADAPTERS, "samplers": SAMPLERS}
-    tables |= {"optimizers": OPTIMIZERS, "trackers": TRACKERS}
+    tables |= {"optimizers": OPTIMIZERS, "terms": TERMS, "trackers": TRACKERS}
     if kind == "gym":
         print("\n".join(f"gym:{name}" for name in gym.available()))
         print("\n".join(f"(left out: {name}: {reason})" for name, reason in gym.EXCLUDED.items()))

@@ -44,7 +44,7 @@ def read(recipe: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, 
 def _names_one(override: str) -> bool:
     """Whether it says which algorithm, task or the like: algorithm.name=grpo, or algorithm=grpo."""
     key = override.partition("=")[0]
-    return key.endswith(".name") or is_named(key)
+    return key.endswith(".name") or is_named(key) or key.strip() in ("objective.policy", "objective.kl")
 
 
 def is_named(key: str) -> bool:

@@ -18,7 +18,7 @@ from shoestring.config.settings import Settings, build, pick
 from shoestring.config.sizes import checked_size
 from shoestring.errors import ConfigError
 from shoestring.model.load import ModelSettings
-from shoestring.objectives.loss import Objective
+from shoestring.objectives.loss import Objective, over_defaults
 from shoestring.optimizers import OPTIMIZERS
 from shoestring.optimizers.base import OptimSettings
 from shoestring.rewards.settings import RewardSettings
@@ -97,7 +97,7 @@ class RunConfig(Settings):
         if not getattr(pick(ADAPTERS, "adapter", data.get("adapter", {}), "lora"), "zero_is_base", True):
             defaults["l2"] = 0.0  # an adapter of 0 is the base model as a rule; a model of 0 is none
         exact = pick(SAMPLERS, "sampler", data.get("sampler", {}), "auto").exact
-        settled = {**defaults, "importance_correction": "auto", **given}
+        settled = over_defaults(given, {**defaults, "importance_correction": "auto"})
         if settled["importance_correction"] == "auto":
             settled["importance_correction"] = "none" if exact else "token-truncate"
         return {**data, "objective": settled}

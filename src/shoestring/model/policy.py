@@ -8,6 +8,7 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -340,5 +341,4 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     moved = {
         name: value.to(device, non_blocking=True) for name, value in vars(batch).items() if isinstance(value, Tensor)
     }
-    paths = batch.paths and batch.paths.to(device)
-    return Batch(**moved, problem_ids=batch.problem_ids, paths=paths, trunk=batch.trunk)
+    return replace(batch, **moved, columns=batch.columns.to(device), paths=batch.paths and batch.paths.to(device))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoestring.types import Batch, Paths, Row, Unpadded
+from shoestring.types import Batch, Paths, Row, TokenColumns, Unpadded
 
 # Families whose attention transformers lets us take the place of, with keys and queries as they are.
 TREE_MODELS = ("qwen2", "qwen3", "llama", "mistral", "smollm3", "olmo2", "gemma", "phi3", "granite", "cohere")
@@ -86,14 +86,11 @@ def pack_rows(rows: Sequence[Row]) -> Batch:
     owner = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(row.col) for row in rows]))
     lengths = np.array([len(row.token_ids) for row in rows])
     place = np.concatenate(places)
-
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(row, name) for row in rows])
-
     return Batch(
         torch.from_numpy(np.array(ids))[None],
         owner,
-        *(joined(name) for name in ("col", "target", "advantage", "weight", "kl_weight", "sampler_logprob")),
+        torch.cat([row.col for row in rows]),
+        TokenColumns.cat([row.columns for row in rows]),
         problem_ids=tuple(row.problem_id for row in rows),
         paths=_paths(paths, place, lengths),
         trunk=tuple(trunk) if all(row.trunk is not None for row in rows) else (),

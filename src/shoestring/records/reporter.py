@@ -71,8 +71,9 @@ class Reporter:
         Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
 
     def step(self, report: StepReport) -> None:
-        self._append("metrics.jsonl", {name: _finite(value) for name, value in vars(report).items()})
-        self._track(report.step, _figures("train", vars(report)))
+        values = {name: value for name, value in vars(report).items() if name != "terms" or value}
+        self._append("metrics.jsonl", {name: _finite(value) for name, value in values.items()})
+        self._track(report.step, _figures("train", values))
         line = one_line(report, self.steps)
         if self._bar:
             self._bar.update(self._task, completed=report.step + 1, description=line)

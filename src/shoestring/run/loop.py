@@ -47,7 +47,7 @@ from shoestring.run.signals import held_back
 from shoestring.run.summary import Done, step_report, warnings
 from shoestring.training.credit import credit_of
 from shoestring.training.micro_batching import HalfAStep, train_in_pieces
-from shoestring.training.update import build_optimizer, learning_rate
+from shoestring.training.update import build_optimizer, check_update, learning_rate
 from shoestring.types import Group, Problem, Prompt
 
 # A step whose gradient is not finite is skipped; so many in a row are no accident.
@@ -125,6 +125,7 @@ def _run(folder: Path, config: RunConfig, rewards: Rewards, *, quiet: bool, prof
             check_judges(config.task)
         config.task.problems(config.evaluation.split)  # a split that is not there is found now, not at its first use
     config.optim.check(pick_device(config.execution.device))
+    check_update(config.objective)
     check_quantisation(config.model)
     config.tracking.check()
     device = pick_device(config.execution.device)

@@ -47,7 +47,7 @@ from shoestring.training.update import (
     penalise,
     take_gradient,
 )
-from shoestring.types import Problem, Row
+from shoestring.types import Problem, Row, TokenColumns
 
 
 class SftConfig(Settings):
@@ -174,7 +174,8 @@ def _rows(policy: Policy, config: SftConfig, problems: Sequence[Problem]) -> tup
             continue
         ones = torch.ones(len(answer))
         place = len(prompt) - 1 + torch.arange(len(answer))
-        rows.append(Row(problem.id, prompt + answer[:-1], place, torch.tensor(answer), ones, ones, ones, 0 * ones))
+        columns = TokenColumns(torch.tensor(answer), ones, ones, ones, 0 * ones)
+        rows.append(Row(problem.id, prompt + answer[:-1], place, columns))
     if not rows:
         raise DataError("no example is short enough", f"all are longer than {limit} tokens", "raise max_length")
     return rows, left_out

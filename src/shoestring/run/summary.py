@@ -75,6 +75,7 @@ def step_report(done: Done, config: RunConfig, state: State) -> StepReport:
         reward_std=_mean(deviations),
         length_mean=_mean(lengths),
         length_max=max(lengths, default=0),
+        terms=dict(result.terms),
     )
 
 

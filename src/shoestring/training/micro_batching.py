@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -19,9 +19,9 @@ from shoestring.model.policy import Policy
 from shoestring.model.sampling import Sampling
 from shoestring.model.trees import cost, cut_tree, pack_rows
 from shoestring.optimizers.base import load_state, set_learning_rate, state_of
-from shoestring.training.batch import cut_rows, pad_rows, training_rows
-from shoestring.training.update import UpdateReport, backward, build_optimizer, update
-from shoestring.types import Batch, Credit, Group, Prompt, Row, Trunk
+from shoestring.training.batch import cut_rows, mini_batches, pad_rows, training_rows
+from shoestring.training.update import UPDATES, UpdateReport, backward, build_optimizer
+from shoestring.types import Batch, Credit, Group, Prompt, Row, TokenColumns, Trunk
 
 T = TypeVar("T")
 
@@ -106,26 +106,28 @@ def train_in_pieces(
     pieces: Pieces,
     seed: int,
 ) -> tuple[UpdateReport, list[Batch]]:
-    """One update from these completions, in micro-batches of `pieces.micro_batch_tokens`, which is lowered if they do
-    not fit. Every size gives the same gradient up to rounding."""
-    rows = training_rows(groups, credits, normalise=config.algorithm.normalise, beta=config.objective.beta)
-    cut = cache(partial(micro_batches, rows, trees=policy.takes_trees))
+    """Do one update from these completions, in micro-batches of `pieces.micro_batch_tokens`, which is lowered if they
+    do not fit. Every size gives the same gradient up to rounding, for the mini-batches do not depend on it."""
+    objective = config.objective
+    rows = training_rows(groups, credits, normalise=config.algorithm.normalise, beta=objective.beta)
+    shares = mini_batches(rows, objective.mini_batches, seed)
+    cut = cache(partial(cut_shares, shares, trees=policy.takes_trees))
     batches = cut(pieces.micro_batch_tokens)
     if not batches:  # without signal there is nothing to learn from, and the step is a fact to report
-        return UpdateReport(0.0, 0.0, 0.0, 0.0, 0.0, applied=False), batches
+        return UpdateReport(), batches
     longest = max(len(row.token_ids) for row in rows)
     most = sum(size(batch) for batch in batches)
-    copied = config.objective.updates > 1 or not config.optim.takes_no_memory(optimizer)
+    copied = objective.updates * len(shares) > 1 or not config.optim.takes_no_memory(optimizer)
     with Snapshot.taken(policy, optimizer, copied=copied) as before:
 
         def attempt(max_tokens: int) -> tuple[UpdateReport, list[Batch]]:
             torch.manual_seed(seed)  # rounding by chance draws from torch's own generators
             used = batches if len(batches) == 1 and most <= max_tokens else cut(max_tokens)
-            return update(
+            return UPDATES[objective.update](
                 policy,
                 optimizer,
                 used,
-                config.objective,
+                objective,
                 temperature=config.sampling.temperature,
                 max_grad_norm=config.optim.max_grad_norm,
                 checkpointing=pieces.checkpointing,
@@ -159,7 +161,7 @@ def rehearse(
             for parameter in parameters.values():  # as from the micro-batches before
                 parameter.grad = torch.zeros_like(parameter)
         backward(policy, [batch], 0, [None], config.objective, config.sampling.temperature, pieces.checkpointing)
-        optimizer.zero_grad(set_to_none=True)
+        policy.drop_gradients()
 
     def undo() -> None:
         policy.drop_gradients()
@@ -219,11 +221,7 @@ def worst_batch(
             problem_id="rehearsal",
             token_ids=prompt.token_ids + tuple(ids[: count - 1].tolist()),
             col=torch.arange(count) + len(prompt.token_ids) - 1,
-            target=ids,
-            advantage=torch.ones(count),
-            weight=each,
-            kl_weight=each,
-            sampler_logprob=torch.zeros(count),
+            columns=TokenColumns(ids, torch.ones(count), each, each, torch.zeros(count)),
             group=place // sampling.num_completions,
             prompt_tokens=len(prompt.token_ids),
             trunk=trunks[place] if trunks else None,
@@ -246,9 +244,19 @@ def micro_batches(rows: Sequence[Row], max_tokens: int, *, trees: bool) -> list[
     """Cut so that each takes no more memory than `max_tokens` padded tokens. With `trees`, what rows of a group share
     is run once."""
     if trees:
-        return [pack_rows(cut) for cut in cut_tree(rows, max_tokens)]
-    ordered = sorted(rows, key=lambda row: -len(row.token_ids))
-    return [pad_rows(cut) for cut in cut_rows(ordered, max_tokens)]
+        made = [pack_rows(cut) for cut in cut_tree(rows, max_tokens)]
+    else:
+        ordered = sorted(rows, key=lambda row: -len(row.token_ids))
+        made = [pad_rows(cut) for cut in cut_rows(ordered, max_tokens)]
+    # No row is cut: terms of the objective sum over a row's tokens.
+    assert sum(len(batch.problem_ids) for batch in made) == len(rows)
+    return made
+
+
+def cut_shares(shares: Sequence[Sequence[Row]], max_tokens: int, *, trees: bool) -> list[Batch]:
+    """The micro-batches of every mini-batch, each with its mini-batch's number."""
+    cuts = [micro_batches(share, max_tokens, trees=trees) for share in shares]
+    return [replace(batch, mini_batch=number) for number, cut in enumerate(cuts) for batch in cut]
 
 
 def size(batch: Batch) -> int:
