@@ -21,7 +21,7 @@ from shoestring import evaluate, load, load_policy, train
 from shoestring.evaluation.evaluate import EvalSettings, Evaluation
 from shoestring.model.policy import Policy
 from shoestring.records.environment import device_name, versions
-from shoestring.run.loop import where_it_lies
+from shoestring.run.messages import where_it_lies
 from shoestring.samplers import SAMPLERS
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.toml"

@@ -17,7 +17,7 @@ from shoestring.config import run as configs
 from shoestring.rollout.rollout import encode, roll_out
 from shoestring.run.folder import model_settings
 from shoestring.run.loading import load_policy
-from shoestring.run.loop import where_it_lies
+from shoestring.run.messages import where_it_lies
 from shoestring.samplers import SAMPLERS, Sampling
 
 ROWS = [{"prompt": f"{a}*3="} for a in range(10, 40)]

@@ -21,12 +21,13 @@ from shoestring import ConfigError, DataError, train
 from shoestring.errors import NonFiniteError
 from shoestring.model.policy import Policy
 from shoestring.model.sampling import Sampling
+from shoestring.rollout.prompts import order
 from shoestring.run import checkpoint as checkpoints
 from shoestring.run import folder as runs
 from shoestring.run import loop
 from shoestring.run.checkpoint import prune
 from shoestring.run.locks import locked
-from shoestring.run.loop import order, where_it_lies
+from shoestring.run.messages import where_it_lies
 from shoestring.samplers.hf import HfEngine
 from shoestring.types import Completion
 

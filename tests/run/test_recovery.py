@@ -29,7 +29,7 @@ from shoestring.model.load import ModelSettings
 from shoestring.model.policy import Policy
 from shoestring.objectives.loss import Objective
 from shoestring.optimizers.adamw import AdamW
-from shoestring.run import checkpoint, loading, loop
+from shoestring.run import checkpoint, loading, loop, opening
 from shoestring.run import preflight as budgets
 from shoestring.run.loading import load_policy
 from shoestring.samplers import SAMPLERS, Sampling
@@ -215,7 +215,7 @@ def _watch_policy(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
 
 
 def _watch_optimizer(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
-    real_build = loop.build_optimizer
+    real_build = opening.build_optimizer
 
     def built(parameters: Any, settings: Any) -> torch.optim.Optimizer:
         optimizer = real_build(parameters, settings)
@@ -234,7 +234,7 @@ def _watch_optimizer(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
         optimizer.step = step  # type: ignore[method-assign]
         return optimizer
 
-    monkeypatch.setattr(loop, "build_optimizer", built)
+    monkeypatch.setattr(opening, "build_optimizer", built)
     monkeypatch.setattr(pieces, "build_optimizer", built)  # for the rehearsal's own
 
 

@@ -17,7 +17,7 @@ from shoestring.rewards.base import Scored, joined_scored
 from shoestring.rollout import rollout
 from shoestring.rollout.prompts import FreshPrompts
 from shoestring.rollout.rollout import Encoded
-from shoestring.run import loop
+from shoestring.run import opening
 from shoestring.types import Batch, Problem, Prompt, Score
 
 
@@ -197,7 +197,7 @@ def test_the_next_steps_prompts_are_encoded_while_a_step_trains(monkeypatch: pyt
         threads.append(threading.current_thread().name)
         return real(*args, **options)
 
-    monkeypatch.setattr(loop, "encode", watched)
+    monkeypatch.setattr(opening, "encode", watched)
     train(config(), quiet=True)
     assert threads == ["MainThread"] * 3 + ["prompts"] * 12
 
@@ -212,7 +212,7 @@ def test_a_large_sampling_budget_encodes_no_more_ahead(monkeypatch: pytest.Monke
         assert len(encoded) < 1000
         return real(*args, **options)
 
-    monkeypatch.setattr(loop, "encode", counted)
+    monkeypatch.setattr(opening, "encode", counted)
     run = train(dynamic(1_000_000), rewards=[rare], quiet=True)
     drawn = sum(m["groups"] + m["groups_dropped"] for m in metrics())
     assert len(run.reports) == 3

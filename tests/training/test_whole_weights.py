@@ -139,7 +139,7 @@ def test_the_best_model_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_closing_lines_and_the_evaluation_know_the_model_folder(capsys: pytest.CaptureFixture[str]) -> None:
     from shoestring.cli.main import app
-    from shoestring.run.loop import where_it_lies
+    from shoestring.run.messages import where_it_lies
 
     assert where_it_lies(trained()).startswith("model:    run/model")
     app(["eval", "run", "--num", "3", "--json"], standalone_mode=False)

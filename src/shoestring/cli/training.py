@@ -41,7 +41,8 @@ def train(
     if not resume:  # a mistake is reported before transformers is loaded
         models.locate(configs.settle(values or {}).model.name)
 
-    from shoestring.run.loop import carried_out, where_it_lies
+    from shoestring.run.loop import carried_out
+    from shoestring.run.messages import where_it_lies
 
     run = carried_out(values, resume=resume, quiet=quiet, profile=profile)
     if not quiet:

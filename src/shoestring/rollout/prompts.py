@@ -12,6 +12,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
+from shoestring.hashing import stable_hash
 from shoestring.rollout.rollout import Encoded
 
 log = logging.getLogger("shoestring")
@@ -54,3 +57,18 @@ class FreshPrompts:
                     self._ready[place] = self._encode(problem)
         except Exception as error:
             log.debug("A prompt was not encoded ahead: %s", error)
+
+
+def order(count: int, seed: int, start: int, num: int) -> list[int]:
+    """Places `start` to `start + num` of an endless order of `count` problems: each epoch a permutation of its own.
+
+    >>> sorted(order(4, seed=0, start=4, num=4))
+    [0, 1, 2, 3]
+    """
+    chosen: list[int] = []
+    while len(chosen) < num:
+        epoch, place = divmod(start + len(chosen), count)
+        generator = torch.Generator().manual_seed(stable_hash(seed, "epoch", epoch) >> 1)
+        permutation = torch.randperm(count, generator=generator)
+        chosen += permutation[place : place + num - len(chosen)].tolist()
+    return chosen

@@ -17,41 +17,32 @@ import torch
 from shoestring.allocator import capped, give_back
 from shoestring.config.run import RunConfig
 from shoestring.curricula import replay
-from shoestring.errors import ConfigError, DataError, NonFiniteError, ShoestringError
-from shoestring.evaluation.contamination import overlap
-from shoestring.evaluation.evaluate import EvalSettings, check_judges, evaluate, evaluate_by_rewards, first_problems
-from shoestring.hashing import stable_hash
+from shoestring.errors import ConfigError, DataError, ShoestringError
+from shoestring.evaluation.evaluate import EvalSettings, check_judges, evaluate, evaluate_by_rewards
 from shoestring.model.load import check_quantisation, pick_device
-from shoestring.model.policy import Policy
 from shoestring.optimizers.base import set_learning_rate
 from shoestring.records import reporter as report
 from shoestring.records.clock import Clock
-from shoestring.records.environment import command, quoted
-from shoestring.records.reporter import Reporter
 from shoestring.rewards.base import RewardFunction, Scored, TrainerState
 from shoestring.rewards.functions import Rewards, check_task
-from shoestring.rewards.settings import is_python
 from shoestring.rollout import workers as pool
-from shoestring.rollout.prompts import FreshPrompts
-from shoestring.rollout.rollout import Encoded, Rollout, encode, roll_out, rows
+from shoestring.rollout.rollout import Rollout, roll_out, rows
 from shoestring.rollout.rounds import Round, Sampled, joined, wanted
-from shoestring.rollout.workers import Scoring
 from shoestring.run import checkpoint, profiler
 from shoestring.run import folder as runs
 from shoestring.run import preflight as budgets
 from shoestring.run.checkpoint import State
 from shoestring.run.handle import Run
 from shoestring.run.locks import locked
+from shoestring.run.messages import MAX_SKIPPED, never_finite, to_go_on
+from shoestring.run.opening import opened
 from shoestring.run.session import Session
 from shoestring.run.signals import held_back
 from shoestring.run.summary import Done, step_report, warnings
 from shoestring.training.credit import credit_of
 from shoestring.training.micro_batching import HalfAStep, train_in_pieces
-from shoestring.training.update import build_optimizer, check_update, learning_rate
-from shoestring.types import Group, Problem, Prompt
-
-# A step whose gradient is not finite is skipped; so many in a row are no accident.
-_MOST_SKIPPED = 3
+from shoestring.training.update import check_update, learning_rate
+from shoestring.types import Group, Prompt
 
 
 def train(
@@ -78,7 +69,7 @@ def train(
         config, rewards=rewards, data=data, eval_data=eval_data, resume=resume, quiet=quiet, profile=profile
     )
     if run.stopped_by:
-        print(f"{len(run.reports)} steps are saved; to go on: {_to_go_on(run.folder, run.config)}", file=sys.stderr)
+        print(f"{len(run.reports)} steps are saved; to go on: {to_go_on(run.folder, run.config)}", file=sys.stderr)
         signal.raise_signal(run.stopped_by)
     return run
 
@@ -132,7 +123,7 @@ def _run(folder: Path, config: RunConfig, rewards: Rewards, *, quiet: bool, prof
     budget = budgets.checked_before_loading(config, problems, device)
 
     with pool.opened(rewards, config.task, config.rewards) as scoring, capped(device, budget):
-        session, state, longest = _open(folder, config, problems, scoring, quiet=quiet)
+        session, state, longest = opened(folder, config, problems, scoring, quiet=quiet)
         with (
             held_back("Stopping once this step is done and saved") as stopped,
             session.reporter.tracking(config.tracking, config.model_dump(mode="json"), state.step),
@@ -146,45 +137,6 @@ def _run(folder: Path, config: RunConfig, rewards: Rewards, *, quiet: bool, prof
     return Run(folder, config, report.read_metrics(folder), session.policy, stopped_by, state.best_step)
 
 
-def _open(
-    folder: Path, config: RunConfig, problems: Sequence[Problem], scoring: Scoring, *, quiet: bool
-) -> tuple[Session, State, Prompt]:
-    """Everything that stays from step to step, the state to go on from, and the longest prompt there is."""
-    torch.manual_seed(config.seed)  # for code of the user's own; everything of ours draws from hashes of the seed
-    policy = budgets.loaded(config)
-    longest = budgets.longest_prompt(config, policy, problems)
-    plan = budgets.planned(config, policy, longest)
-    optimizer = build_optimizer(policy.trained(), config.optim)
-    last = checkpoint.latest(folder)
-    state = checkpoint.restore(last, policy.trained(), optimizer, problems, policy.handle) if last else State()
-    budgets.settle_pieces(state, config, plan)
-    goes_on = state.step < config.steps
-    report.cut_logs(folder, state.step, final=goes_on and bool(config.eval_every and state.step % config.eval_every))
-
-    reporter = Reporter(folder, config.steps, quiet=quiet)
-    engine = config.sampler.open(policy, state.wave_tokens)
-    give_back(policy.device)  # joining weights leaves holes
-    fresh = _fresh_prompts(config, policy, problems)
-    if not last and policy.handle is not None and policy.handle.wants_prompts:
-        policy.handle.prepare(policy, fresh.take(0, config.sampling.num_prompts)[0])
-    trunk_layer, why_none = budgets.trunk_layer(config, policy, engine, plan)
-    session = Session(
-        folder, config, problems, fresh, scoring, policy, engine, optimizer, reporter, plan, state.step, trunk_layer
-    )
-    reporter.say(describe(config, policy, folder, state))
-    if config.eval_every:
-        judging = first_problems(config.task, config.evaluation.split, config.evaluation.num)
-        budgets.check_lengths(config, policy, judging)
-        shared = overlap(judging, config.task)
-        if shared and shared.shared:
-            reporter.warn(f"Evaluations: {shared.describe()}.")
-    if plan is not None:
-        reporter.say(budgets.describe(plan))
-    if why_none:
-        reporter.say(f"trunk cache: off, since {why_none}")
-    return session, state, longest
-
-
 def _train(session: Session, state: State, stopped: Sequence[int], next_step: Callable[[], None]) -> None:
     """Steps until the last, or until a signal has come; evaluations and checkpoints where they are due. `next_step`
     tells the profiler."""
@@ -196,9 +148,9 @@ def _train(session: Session, state: State, stopped: Sequence[int], next_step: Ca
         if state.step == session.first_step + 1:
             runs.write_config(session.folder, config)  # with what a resumed run has changed
         next_step()
-        if state.skipped_in_a_row == _MOST_SKIPPED:
+        if state.skipped_in_a_row == MAX_SKIPPED:
             session.save(state)
-            raise _never_finite(state, session.folder)
+            raise never_finite(state, session.folder)
         if config.save_every and state.step % config.save_every == 0:
             session.save(state)
     if config.eval_every and not stopped:
@@ -262,21 +214,8 @@ def _learn(session: Session, state: State, sampled: Sampled, clock: Clock) -> bo
 
 def _saved_at(session: Session, state: State, errors: type[BaseException]) -> AbstractContextManager[None]:
     """Where it fails so, the steps that are done are saved first."""
-    save, to_go_on = partial(session.save, state), _to_go_on(session.folder, session.config)
-    return checkpoint.saved_at(errors, state, save, session.reporter.warn, to_go_on, unless=HalfAStep)
-
-
-def _to_go_on(folder: Path, config: RunConfig) -> str:
-    if any(is_python(name) for name in config.rewards.functions):
-        return f"train(resume={str(folder)!r}, rewards=[...])"
-    return f"{command()} train --resume {quoted(folder)}"
-
-
-def _never_finite(state: State, folder: Path) -> NonFiniteError:
-    return NonFiniteError(
-        f"{_MOST_SKIPPED} steps in a row (the last was {state.step - 1}) had a loss or gradient that is not finite, "
-        f"and none was applied whole; problems: {state.culprits or 'no single one'}. A checkpoint is in {folder}."
-    )
+    save, how = partial(session.save, state), to_go_on(session.folder, session.config)
+    return checkpoint.saved_at(errors, state, save, session.reporter.warn, how, unless=HalfAStep)
 
 
 # --- the stages of a step -------------------------------------------------------------------------------------------
@@ -328,37 +267,6 @@ def _roll_out(session: Session, state: State, start: int, num: int) -> tuple[lis
         num = session.config.algorithm.replay.completions or sampling.num_completions
         rollouts += rolled(replays, num, "sample replays")
     return rollouts, num_cut
-
-
-def _fresh_prompts(config: RunConfig, policy: Policy, problems: Sequence[Problem]) -> FreshPrompts:
-    """The run's problems as prompts, in its order."""
-
-    def encoded(index: int) -> Encoded:
-        return encode(
-            policy,
-            config.task,
-            [problems[index]],
-            config.sampling.max_new_tokens,
-            max_prompt_tokens=config.sampling.max_prompt_tokens,
-            allow_truncated=config.allow_truncated_prompts,
-        )
-
-    return FreshPrompts(lambda start, num: order(len(problems), config.seed, start, num), encoded)
-
-
-def order(count: int, seed: int, start: int, num: int) -> list[int]:
-    """Places `start` to `start + num` of an endless order of `count` problems: each epoch a permutation of its own.
-
-    >>> sorted(order(4, seed=0, start=4, num=4))
-    [0, 1, 2, 3]
-    """
-    chosen: list[int] = []
-    while len(chosen) < num:
-        epoch, place = divmod(start + len(chosen), count)
-        generator = torch.Generator().manual_seed(stable_hash(seed, "epoch", epoch) >> 1)
-        permutation = torch.randperm(count, generator=generator)
-        chosen += permutation[place : place + num - len(chosen)].tolist()
-    return chosen
 
 
 def _score(session: Session, rollouts: Sequence[Rollout], step: int) -> tuple[Scored, list[Group]]:
@@ -427,34 +335,3 @@ def _save_result(session: Session, state: State) -> None:
 
 
 # --- around the loop ------------------------------------------------------------------------------------------------
-
-
-def describe(config: RunConfig, policy: Policy, folder: Path, state: State) -> str:
-    """The opening lines of a run."""
-    total = sum(p.numel() for p in policy.base.parameters())
-    trained = sum(p.numel() for p in policy.trained().values())
-    start = f"resumed at step {state.step}" if state.step else "new run"
-    return (
-        f"{config.algorithm.name} on {config.task.name}: {config.model.name} "
-        f"({total:,} parameters, {str(policy.base.dtype).removeprefix('torch.')}, {policy.device}), "
-        f"{trained:,} trained ({trained / total:.2%}); {start} in {folder}"
-    )
-
-
-def where_it_lies(run: Run) -> str:
-    """The closing lines of a run: its files, and the commands for what comes next."""
-    best = run.config.evaluation.keep == "best" and run.best_step >= 0
-    kept = f" (best of the evaluations: step {run.best_step})" if best else ""
-    lines = [
-        f"{run.policy.result + ':':<9} {run.result}{kept}",
-        f"metrics:  {run.folder / 'metrics.jsonl'}",
-        f"samples:  {run.folder / 'samples.jsonl'}",
-    ]
-    if run.reports:
-        lines.append(f"report:   {command()} report {quoted(run.folder)}")
-    python = any(map(is_python, run.config.rewards.functions))
-    if run.config.evaluated_by == "answers" or not python:
-        lines.append(f"evaluate: {command()} eval {quoted(run.folder)}{runs.split_hint(run.config)}")
-    if len(run.reports) < run.config.steps:
-        lines.append(f"go on:    {_to_go_on(run.folder, run.config)}")
-    return "\n".join(lines)
