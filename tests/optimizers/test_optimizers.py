@@ -126,7 +126,7 @@ def test_a_state_is_put_back_as_it_was(name: str, before: int) -> None:
     for parameters, own in ((first, optimizer), (second, other)):
         for _ in range(before):
             step(parameters, own, 1)
-    policy: Any = SimpleNamespace(trained=lambda: first)
+    policy: Any = SimpleNamespace(trained=lambda: first, handle=None)
     with micro_batching.Snapshot.taken(policy, optimizer, copied=True) as snapshot:
         held = [tensor.data_ptr() for tensor in state_of(optimizer, first)[0].values()]
         step(first, optimizer, 2)
@@ -194,13 +194,13 @@ def test_the_plan_knows_the_bytes_of_the_state(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "galore"])
 def test_the_plan_knows_the_bytes_of_a_whole_models_state(name: str, family: str) -> None:
     """From its config alone."""
-    model = WHOLE_MODEL.attach(random_model(family))
+    model: Any = WHOLE_MODEL.attach(random_model(family), 0).model
     parameters = dict(model.named_parameters())
     own = settings(name)
     optimizer = build_optimizer(parameters, own)
     step(parameters, optimizer, 1)
     shape = shape_of(model.config.to_dict())
-    sizes = trained_sizes(shape, WHOLE_MODEL.trained(shape), 4, gpu=False)
+    sizes = trained_sizes(shape, WHOLE_MODEL.cost(shape), 4, gpu=False)
     assert own.state_bytes(sizes) == state_bytes(optimizer, parameters)
 
 
