@@ -15,12 +15,17 @@ from tests.run.test_loop import config, varied
 
 from shoestring import ConfigError, train
 from shoestring.algorithms import ALGORITHMS
-from shoestring.algorithms.base import Replay
+from shoestring.algorithms.base import Replay, StepGenerator
 from shoestring.curricula.replay import choose
-from shoestring.training.credit import credit_of
+from shoestring.training.credit import credit_step
 from shoestring.types import Credit, Group, Score, has_signal
 
 TEXTS = ("abc", "abd", "ae", "abc")
+
+
+def credit_of(algorithm: Any, group: Group) -> Credit:
+    """The credit of a step of one group."""
+    return credit_step(algorithm, [group], {}, StepGenerator.seeded(0, [0]))[0][0]
 
 
 def unscored(group: Group, *places: int, value: float = 0.0) -> Group:
@@ -32,7 +37,7 @@ def unscored(group: Group, *places: int, value: float = 0.0) -> Group:
 
 
 def credit(name: str, group: Group) -> Credit:
-    return credit_of(ALGORITHMS[name](), group, torch.Generator().manual_seed(0))
+    return credit_of(ALGORITHMS[name](), group)
 
 
 @pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"s-grpo"}))  # whose draws differ with the size of the group
@@ -108,13 +113,13 @@ class Fixed:
 )
 def test_credit_that_cannot_be_is_refused(given: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
-        credit_of(Fixed(given), make_group(TEXTS, (1.0, 0.0, 0.0, 1.0)), torch.Generator())
+        credit_of(Fixed(given), make_group(TEXTS, (1.0, 0.0, 0.0, 1.0)))
     assert "mine:Fixed" in caught.value.given
 
 
 def test_credit_of_every_token_passes() -> None:
     given = of([0, 0, 0, 2, 2], [0, 1, 2, 0, 1])
-    assert credit_of(Fixed(given), make_group(TEXTS, (1.0, 0.0, 0.0, 1.0)), torch.Generator()) is given
+    assert credit_of(Fixed(given), make_group(TEXTS, (1.0, 0.0, 0.0, 1.0))) is given
 
 
 @pytest.mark.parametrize("fault", ["return Credit(row, col + 1, ones, ones)", "raise ValueError('not yet')"])

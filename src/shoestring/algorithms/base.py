@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,9 +50,54 @@ class Algorithm(Protocol):
     @property
     def replay(self) -> Replay | None: ...
 
-    def credit(self, group: Group, generator: torch.Generator) -> Credit:
-        """The credit of one group; all randomness comes from `generator`."""
+    def credit_step(
+        self, groups: Sequence[Group], memory: Memory, generator: torch.Generator
+    ) -> tuple[Sequence[Credit], Memory]:
+        """Give the credit of each group of a step, and what to remember for the next step; all randomness comes from
+        `generator`. `PerGroup` does it for algorithms that look at one group at a time."""
         ...
+
+
+Memory = Mapping[str, Any]
+"""What an algorithm remembers from step to step: a table of JSON values, saved in every checkpoint."""
+
+
+class StepGenerator(torch.Generator):
+    """The random numbers of a step's credit, with a generator for each group: what one group draws does not depend on
+    the others."""
+
+    seeds: tuple[int, ...] = ()
+
+    @classmethod
+    def seeded(cls, seed: int, seeds: Sequence[int]) -> StepGenerator:
+        """For a step, and for each of its groups."""
+        own = cls()
+        own.manual_seed(seed)
+        own.seeds = tuple(seeds)
+        return own
+
+    def of(self, place: int) -> torch.Generator:
+        """The generator of the group at a place."""
+        return torch.Generator().manual_seed(self.seeds[place])
+
+
+class PerGroup:
+    """`credit_step` for an algorithm with `credit(group, generator) -> Credit`, which remembers nothing."""
+
+    def credit(self, group: Group, generator: torch.Generator) -> Credit:
+        """Give the credit of one group; all randomness comes from `generator`."""
+        raise NotImplementedError
+
+    def credit_step(
+        self, groups: Sequence[Group], memory: Memory, generator: torch.Generator
+    ) -> tuple[Sequence[Credit], Memory]:
+        own = [generator.of(i) if isinstance(generator, StepGenerator) else generator for i in range(len(groups))]
+        return [self.credit(group, one) for group, one in zip(groups, own, strict=True)], memory
+
+
+def is_informative(group: Group) -> bool:
+    """Whether a group's rewards tell completions apart: two that were scored differ."""
+    return len({score.value for score in scored_part(group)[1].scores}) > 1
 
 
 def rewards(group: Group) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shoestring.algorithms.base import (
     ObjectiveDefaults,
+    PerGroup,
     chosen_credit,
     cut_off,
     every_token,
@@ -21,7 +22,7 @@ from shoestring.errors import ConfigError
 from shoestring.types import Credit, Group
 
 
-class EntropyFilter(Settings):
+class EntropyFilter(PerGroup, Settings):
     """GRPO over the tokens at which the sampling distribution had the highest entropy.
 
         token t of completion i is selected   if H_it is among the highest `fraction` of the group

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from shoestring.algorithms.base import ObjectiveDefaults, cut_off, every_token, relative_advantages, rewards
+from shoestring.algorithms.base import ObjectiveDefaults, PerGroup, cut_off, every_token, relative_advantages, rewards
 from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
 from shoestring.types import Credit, Group
@@ -16,7 +16,7 @@ from shoestring.types import Credit, Group
 Aggregation = Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum", "token_sum_norm"]
 
 
-class GRPO(Settings):
+class GRPO(PerGroup, Settings):
     """The full-token baseline.
 
         A_i  = (R_i - mean(R)) / (std(R) + eps)        the same for every token of completion i

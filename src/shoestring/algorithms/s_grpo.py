@@ -8,13 +8,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from shoestring.algorithms.base import ObjectiveDefaults, chosen_credit, relative_advantages, rewards
+from shoestring.algorithms.base import ObjectiveDefaults, PerGroup, chosen_credit, relative_advantages, rewards
 from shoestring.config.settings import Settings
 from shoestring.errors import ConfigError
 from shoestring.types import Credit, Group
 
 
-class SGRPO(Settings):
+class SGRPO(PerGroup, Settings):
     """GRPO over the first `alpha` tokens of a completion, and behind them over random ones until `k` are selected.
 
         token t is selected   if t < alpha

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from pydantic import Field
 
-from shoestring.algorithms.base import ObjectiveDefaults, Replay
+from shoestring.algorithms.base import ObjectiveDefaults, PerGroup, Replay
 from shoestring.config.settings import Settings
 from shoestring.types import Credit, Group
 
@@ -22,7 +22,7 @@ class Pair(NamedTuple):
     branching: bool
 
 
-class TSPMO(Settings):
+class TSPMO(PerGroup, Settings):
     """Each distinct (prefix p, next token v) of a group is credited once with what v does to the mean reward.
 
         A(v|p) = E[R | p followed by v] - E[R | p]         means over the completions that start so

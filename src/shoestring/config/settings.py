@@ -13,6 +13,9 @@ from shoestring.errors import ConfigError, nearest
 
 S = TypeVar("S", bound="Settings")
 
+# Of these, which all algorithms of the table have, one is enough for a class from outside.
+_EITHER = {"credit", "credit_step"}
+
 
 class Settings(BaseModel):
     """Base of all settings: frozen, and strict about names and types."""
@@ -96,7 +99,10 @@ def _from_outside(name: str, table: dict[str, type[Any]], kind: str) -> type[Any
             "its settings have no text called name, which a run's config names it by",
             "write name: str in the class",
         )
-    missing = sorted(set.intersection(*map(_public, table.values())) - _public(cls))
+    own = _public(cls)
+    missing = sorted(
+        set.intersection(*map(_public, table.values())) - own - (_EITHER if own & _EITHER else {"credit_step"})
+    )
     if missing:
         raise ConfigError(given, f"the class has no {', '.join(missing)}", "add what docs/extending.md says of it")
     return cls

@@ -100,17 +100,16 @@ class Reporter:
 
     def samples(self, step: int, sampled: Sampled) -> None:
         """One line a completion: prompt, text, score and the credit of its selected tokens, [place, advantage]. Those
-        of groups that dynamic sampling dropped are marked."""
+        of groups that dynamic sampling dropped are marked, and have no credit."""
         lines, row = [], 0
         extra = sampled.scored.columns
-        for place, (rollout, group, credit) in enumerate(
-            zip(sampled.rollouts, sampled.groups, sampled.credits, strict=True)
-        ):
+        credits = dict(zip(sampled.kept, sampled.credits, strict=True))
+        for place, (rollout, group) in enumerate(zip(sampled.rollouts, sampled.groups, strict=True)):
             chosen: list[list[list[float]]] = [[] for _ in rollout.texts]
-            for g, col, advantage in zip(
-                credit.row.tolist(), credit.col.tolist(), credit.advantage.tolist(), strict=True
-            ):
-                chosen[g].append([col, round(advantage, 6)])
+            if place in credits:
+                parts = (credits[place].row, credits[place].col, credits[place].advantage)
+                for g, col, advantage in zip(*(part.tolist() for part in parts), strict=True):
+                    chosen[g].append([col, round(advantage, 6)])
             for g, (text, score) in enumerate(zip(rollout.texts, group.scores, strict=True)):
                 completion = rollout.completions[g]
                 record = {

@@ -36,6 +36,8 @@ class State:
     """Fresh problems that were drawn."""
     replays: list[Prompt] = field(default_factory=list)
     """Prefixes that the next step tries again."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """What the algorithm remembers."""
     best_accuracy: float = -1.0
     """Of the evaluations so far, or the best mean reward; of none while `best_step` is -1."""
     best_step: int = -1

@@ -12,8 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
-
+from shoestring.algorithms.base import StepGenerator
 from shoestring.allocator import capped, give_back
 from shoestring.config.run import RunConfig
 from shoestring.curricula import replay
@@ -39,7 +38,7 @@ from shoestring.run.opening import opened
 from shoestring.run.session import Session
 from shoestring.run.signals import held_back
 from shoestring.run.summary import Done, step_report, warnings
-from shoestring.training.credit import credit_of
+from shoestring.training.credit import credit_step
 from shoestring.training.micro_batching import HalfAStep, train_in_pieces
 from shoestring.training.update import check_update, learning_rate
 from shoestring.types import Group, Prompt
@@ -178,13 +177,23 @@ def _sample(session: Session, state: State, clock: Clock) -> Sampled:
     rounds: list[Round] = []
     while num := wanted(rounds, sampling):  # one round, unless dynamic sampling is on
         rounds.append(_round(session, state, clock, sum(len(done.groups) for done in rounds), num))
-    return joined(rounds, sampling.num_prompts)
+    sampled = joined(rounds, sampling.num_prompts)
+    with clock.phase("credit"):
+        return _credited(session, state, sampled)
+
+
+def _credited(session: Session, state: State, sampled: Sampled) -> Sampled:
+    """The same with the credit of the groups that are kept, all of them at once; `state` moves only in `_learn`."""
+    seeds = [session.seed(state.step, "credit", place) for place in sampled.kept]
+    generator = StepGenerator.seeded(session.seed(state.step, "credit"), seeds)
+    credits, memory = credit_step(session.config.algorithm, sampled.kept_groups, state.memory, generator)
+    return sampled._replace(credits=credits, memory=memory)
 
 
 def _learn(session: Session, state: State, sampled: Sampled, clock: Clock) -> bool:
     """The second half: update, report. `state` moves at its end, once all of it is done. Whether anything trained."""
     config, step = session.config, state.step
-    groups, credits = [sampled.groups[i] for i in sampled.kept], [sampled.credits[i] for i in sampled.kept]
+    groups, credits = sampled.kept_groups, sampled.credits
     cursor = state.cursor + len(sampled.groups) - len(state.replays)
     with clock.phase("train"), session.fresh.ahead(cursor, config.sampling.num_prompts):
         set_learning_rate(session.optimizer, learning_rate(step, config.steps, config.optim))
@@ -197,7 +206,7 @@ def _learn(session: Session, state: State, sampled: Sampled, clock: Clock) -> bo
             state.skipped_in_a_row = 0 if result.finite else state.skipped_in_a_row + 1
             state.culprits = ", ".join(result.culprits)
     state.wave_tokens = session.engine.wave_tokens
-    state.cursor = cursor
+    state.cursor, state.memory = cursor, dict(sampled.memory)
     state.replays = replay.choose(
         config.algorithm.replay, groups, config.sampling.num_prompts, Random(session.seed(step, "replay"))
     )
@@ -222,20 +231,14 @@ def _saved_at(session: Session, state: State, errors: type[BaseException]) -> Ab
 
 
 def _round(session: Session, state: State, clock: Clock, start: int, num: int) -> Round:
-    """`num` more prompts of a step that has `start` already, sampled, scored and with their credit."""
+    """`num` more prompts of a step that has `start` already, sampled and scored."""
     step = state.step
     with clock.phase("sample"):
         rollouts, num_cut = _roll_out(session, state, start, num)
         give_back(session.policy.device)  # nothing of sampling stays
     with clock.phase("score"):
         scored, groups = _score(session, rollouts, step)
-    with clock.phase("credit"):
-        generators = [
-            torch.Generator().manual_seed(session.seed(step, "credit", start + i)) for i in range(len(groups))
-        ]
-        algorithm = session.config.algorithm
-        credits = [credit_of(algorithm, group, own) for group, own in zip(groups, generators, strict=True)]
-    return Round(rollouts, groups, credits, scored, num_cut)
+    return Round(rollouts, groups, scored, num_cut)
 
 
 def _roll_out(session: Session, state: State, start: int, num: int) -> tuple[list[Rollout], int]:

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from statistics import stdev
 from typing import NamedTuple
 
+from shoestring.algorithms.base import is_informative
 from shoestring.config.run import RunConfig
 from shoestring.records.clock import Clock
 from shoestring.rollout.rounds import Sampled
 from shoestring.run.checkpoint import State
 from shoestring.training.update import UpdateReport, learning_rate
-from shoestring.types import Batch, Group, StepReport, has_signal
+from shoestring.types import Batch, Group, StepReport
 
 # So many groups without signal are no accident.
 _SAYS_SOMETHING = 8
@@ -46,7 +47,7 @@ def step_report(done: Done, config: RunConfig, state: State) -> StepReport:
             [float(score.parts.get("solved", score.parts.get("correct", score.value)) >= 1) for score in scores]
         ),
         groups=len(sampled.kept),
-        groups_with_signal=sum(has_signal(credit) for credit in sampled.credits),
+        groups_with_signal=sum(map(is_informative, sampled.groups)),
         tokens_sampled=sum(tokens),
         tokens_trained=sum(len(batch.row) for batch in done.batches),
         tokens_run=sum(batch.input_ids.numel() for batch in done.batches),
