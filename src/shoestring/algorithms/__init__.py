@@ -6,6 +6,8 @@ from typing import Any
 
 from shoestring.algorithms.entropy_filter import EntropyFilter
 from shoestring.algorithms.grpo import GRPO
+from shoestring.algorithms.reinforce_pp import ReinforcePP
+from shoestring.algorithms.rloo import RLOO
 from shoestring.algorithms.s_grpo import SGRPO
 from shoestring.algorithms.t_spmo import TSPMO
 
@@ -14,4 +16,6 @@ ALGORITHMS: dict[str, type[Any]] = {
     "s-grpo": SGRPO,
     "t-spmo": TSPMO,
     "entropy-filter": EntropyFilter,
+    "rloo": RLOO,
+    "reinforce++": ReinforcePP,
 }
