@@ -475,7 +475,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "model": {"dtype": "bf16"},
         "optim": {"name": "galore", "rank": 4, "update_every": 3, "warmup_steps": 0},
     },
-    "from outside": {"optim": {"name": "mine:Signed", "factor": 2.0}},
+    "from outside": {"optim": {"name": "mine_signed:Signed", "factor": 2.0}},
 }
 MINE = '''
 import torch
@@ -505,7 +505,7 @@ def saved(folder: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_is_resumed_is_the_one_that_never_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a run with a budget, which is rehearsed at both of its starts, is the one without."""
-    Path("mine.py").write_text(MINE)
+    Path("mine_signed.py").write_text(MINE)
     monkeypatch.syspath_prepend(".")
     whole = {**RUN, **RUNS[name]}
     train({**whole, "out": "whole"}, rewards=[varied], quiet=True)
