@@ -35,7 +35,7 @@ def read(recipe: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, 
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f'the recipe is "{recipe}"', f"it is not TOML ({error})", "mend that line") from None
+            raise ConfigError(f'the recipe is "{recipe}"', f"it is not TOML ({error})", "fix that line") from None
     for override in sorted(overrides, key=lambda text: not _names_one(text)):  # these first
         values = overridden(values, override)
     return values

@@ -330,7 +330,7 @@ def _gguf_config(source: Source, name: str) -> Mapping[str, Any]:
 
 
 def _unreadable(name: str, why: str) -> ConfigError:
-    return ConfigError(_model(name), why, "mend the file, or leave out the memory setting")
+    return ConfigError(_model(name), why, "fix the file, or leave out the memory setting")
 
 
 def _first_line(error: Exception) -> str:

@@ -212,7 +212,7 @@ class _Call:
         return DataError(
             f"reward function {self.name} raised {type(error).__name__}: {error}{_place(error)}",
             f"it was scoring problem {', '.join(ids[:3])}" + (f" and {len(ids) - 3} more" if len(ids) > 3 else ""),
-            "mend the function, or let it return None for the rows that it cannot score",
+            "fix the function, or let it return None for the rows that it cannot score",
         )
 
 

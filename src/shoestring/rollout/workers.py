@@ -166,7 +166,7 @@ class Pool:
             f"a completion of problem {row.problem.id} was not scored within {self._settings.timeout:g} s "
             f"in step {state.global_step} (by {', '.join(self._rewards.names)})",
             "the run waits no longer for a row, and rewards.on_timeout says that it stops then",
-            'mend the function, raise rewards.timeout, or set rewards.on_timeout = "unscored" or "zero"',
+            'fix the function, raise rewards.timeout, or set rewards.on_timeout = "unscored" or "zero"',
         )
 
     def _judge(self, row: Row, state: TrainerState) -> Judged:
@@ -309,7 +309,7 @@ def _answered(rewards: Rewards, task: Task, row: Row, state: TrainerState) -> by
     except Exception as error:  # a task that raises, or a logged value that cannot be sent
         given = f"{', '.join(rewards.names)} raised {type(error).__name__}: {error}"
         why = f"it was scoring problem {row.problem.id}"
-        return pickle.dumps((None, (given, why, "mend the function"), traceback.format_exc()))
+        return pickle.dumps((None, (given, why, "fix the function"), traceback.format_exc()))
 
 
 def _end_with_parent() -> None:

@@ -103,7 +103,7 @@ def _read_jsonl(path: Path) -> list[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}", f"it is not JSON ({error})", "mend or remove the line") from None
+            raise DataError(f"{path}, line {number}", f"it is not JSON ({error})", "fix or remove the line") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}", "it is not an object", 'write {"prompt": ..., "answer": ...}')
         rows.append(row)
@@ -174,6 +174,6 @@ def checked_answer(value: Any, where: str) -> str:
         raise DataError(
             f"{where} has the answer {value!r}",
             "it is neither a number nor a formula, so no completion could be right",
-            'mend the row, or write task.check = "text"',
+            'fix the row, or write task.check = "text"',
         )
     return text

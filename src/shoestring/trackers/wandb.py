@@ -35,7 +35,7 @@ class _Package(Settings):
             )
         except Exception as error:
             given = f'tracking.name is "{self.package}"'
-            raise ConfigError(given, f"it cannot be started ({error})", "mend that, or leave tracking out") from error
+            raise ConfigError(given, f"it cannot be started ({error})", "fix that, or leave tracking out") from error
         try:
             yield lambda step, values: run.log(dict(values), step=step)
         except BaseException:
